@@ -1,0 +1,1 @@
+"""From a raw plane to a refocused plane: scale, generate, check. Knows no microscope and no disk layout."""

@@ -1,0 +1,78 @@
+"""Camera counts <-> the network's range: one truth for training and for running (numpy only).
+
+The rule: counts map to ``(counts - offset) / scale`` where *offset* is the median and *scale* the
+distance from the median to the 99.9th percentile, or to the 0.1th where that is farther (stained
+tissue on a bright field hangs below its background). The median of a sparse field is its background,
+so background sits near 0 and structures near ±1 in every modality.
+
+One map is derived per run and channel from its first non-empty planes, frozen, written into the run
+and used again bit for bit by everything that refocuses that run later. Never per frame (a time-lapse
+would flicker), never per tile (tiles would show).
+
+The generators are bias-free, hence homogeneous: the network's answer scales with its input. The exact
+scale therefore only keeps FP16 in range; it is the offset that the network can see.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from refocus.errors import RejectedError
+from refocus.frame import Pixels
+
+SAMPLE_PX = 200_000
+"""Percentiles are taken over about this many pixels of a plane: 5 ms instead of 150 at 2048²."""
+
+
+class Scaling(msgspec.Struct, frozen=True):
+    """Affine map of one channel: network = (counts - offset) / scale. Both in camera counts."""
+
+    offset: float
+    scale: float
+
+
+def derive(planes: Sequence[Pixels]) -> Scaling | None:
+    """Scaling of a channel from its first planes (each (y, x), uint8 or uint16).
+
+    Returns None while all of them are flat: a black or saturated frame says nothing about a channel.
+    """
+    samples = [_subsample(plane) for plane in planes]
+    counts = np.concatenate(samples) if samples else np.zeros(1)
+    low, middle, high = (float(v) for v in np.percentile(counts, (0.1, 50.0, 99.9)))
+    scale = max(high - middle, middle - low)
+    if scale < 1.0:  # one count: less than that is quantisation, not signal
+        return None
+    return Scaling(offset=middle, scale=scale)
+
+
+def to_network(pixels: Pixels, scaling: Scaling) -> npt.NDArray[np.float32]:
+    """Counts (y, x) to the network's range, float32."""
+    if pixels.dtype not in (np.uint8, np.uint16):
+        raise RejectedError(
+            f"pixels are {pixels.dtype}; only uint8 and uint16 are refocused (float frames are kept raw)"
+        )
+    values = pixels.astype(np.float32)
+    values -= np.float32(scaling.offset)
+    values *= np.float32(1.0 / scaling.scale)
+    return values
+
+
+def to_counts(
+    values: npt.NDArray[np.float32], scaling: Scaling, dtype: npt.DTypeLike
+) -> tuple[Pixels, int]:
+    """Network range (y, x) back to rounded counts of *dtype*, and how many pixels were clipped."""
+    limits = np.iinfo(np.dtype(dtype))
+    counts = values * np.float32(scaling.scale)
+    counts += np.float32(scaling.offset)
+    np.rint(counts, out=counts)
+    clipped = int(np.count_nonzero(counts < limits.min) + np.count_nonzero(counts > limits.max))
+    np.clip(counts, limits.min, limits.max, out=counts)
+    return counts.astype(dtype), clipped
+
+
+def _subsample(plane: Pixels) -> Pixels:
+    step = max(1, plane.size // SAMPLE_PX)
+    # An odd step visits every column: an even one would see only half of a striped or mosaic camera.
+    return plane.ravel()[:: step | 1]
