@@ -2,15 +2,15 @@
 
 The rule: counts map to ``(counts - offset) / scale`` where *offset* is the median and *scale* the
 distance from the median to the 99.9th percentile, or to the 0.1th where that is farther (stained
-tissue on a bright field hangs below its background). The median of a sparse field is its background,
-so background sits near 0 and structures near ±1 in every modality.
+tissue on a bright field hangs below its background). The median of a sparse field is its
+background, so background sits near 0 and structures near ±1 in every modality.
 
-One map is derived per run and channel from its first non-empty planes, frozen, written into the run
-and used again bit for bit by everything that refocuses that run later. Never per frame (a time-lapse
-would flicker), never per tile (tiles would show).
+One map is derived per run and channel from its first non-empty planes, frozen, written into the
+run and used again bit for bit by everything that refocuses that run later. Never per frame (a
+time-lapse would flicker), never per tile (tiles would show).
 
-The generators are bias-free, hence homogeneous: the network's answer scales with its input. The exact
-scale therefore only keeps FP16 in range; it is the offset that the network can see.
+The generators are bias-free, hence homogeneous: the network's answer scales with its input. The
+exact scale therefore only keeps FP16 in range; it is the offset that the network can see.
 """
 
 from collections.abc import Sequence
@@ -21,6 +21,9 @@ import numpy.typing as npt
 
 from refocus.errors import RejectedError
 from refocus.frame import Pixels
+
+RULE = "median-to-p99.9"
+"""Name of the rule above. A model package names the rule it was trained with."""
 
 SAMPLE_PX = 200_000
 """Percentiles are taken over about this many pixels of a plane: 5 ms instead of 150 at 2048²."""
@@ -36,7 +39,7 @@ class Scaling(msgspec.Struct, frozen=True):
 def derive(planes: Sequence[Pixels]) -> Scaling | None:
     """Scaling of a channel from its first planes (each (y, x), uint8 or uint16).
 
-    Returns None while all of them are flat: a black or saturated frame says nothing about a channel.
+    Returns None while all of them are flat: a black or saturated frame tells nothing of a channel.
     """
     samples = [_subsample(plane) for plane in planes]
     counts = np.concatenate(samples) if samples else np.zeros(1)
@@ -51,7 +54,8 @@ def to_network(pixels: Pixels, scaling: Scaling) -> npt.NDArray[np.float32]:
     """Counts (y, x) to the network's range, float32."""
     if pixels.dtype not in (np.uint8, np.uint16):
         raise RejectedError(
-            f"pixels are {pixels.dtype}; only uint8 and uint16 are refocused (float frames are kept raw)"
+            f"pixels are {pixels.dtype}; only uint8 and uint16 are refocused "
+            "(float frames are kept raw)"
         )
     values = pixels.astype(np.float32)
     values -= np.float32(scaling.offset)
@@ -74,5 +78,5 @@ def to_counts(
 
 def _subsample(plane: Pixels) -> Pixels:
     step = max(1, plane.size // SAMPLE_PX)
-    # An odd step visits every column: an even one would see only half of a striped or mosaic camera.
+    # An odd step visits every column: an even one sees only half of a striped or mosaic camera.
     return plane.ravel()[:: step | 1]

@@ -1,0 +1,89 @@
+"""Model packages for tests: real ONNX that runtimes run, with answers known in advance.
+
+`identity` returns what it gets (through one convolution with a centred 1, so that the graph holds
+a real layer); `nan` and `constant` are the rubbish that checks must stop; `negated` visibly differs
+from its input, to prove that an answer came from the network.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import save
+
+from engine.package import (
+    GOLDEN,
+    ONNX,
+    WEIGHTS,
+    Golden,
+    Manifest,
+    Package,
+    Training,
+    encode_golden,
+    write,
+)
+from engine.scaling import Scaling
+
+Answer = Literal["identity", "negated", "constant", "nan"]
+
+
+def make(
+    folder: Path,
+    *,
+    name: str = "identity",
+    answer: Answer = "identity",
+    stride: int = 16,
+    halo_px: int = 16,
+    pixel_um: tuple[float, float] = (0.05, 2.0),
+) -> Package:
+    """Write a package at *folder* whose network gives *answer*, and return it."""
+    weights = np.zeros((1, 1, 3, 3), np.float32)
+    weights[0, 0, 1, 1] = {"identity": 1, "negated": -1, "constant": 0, "nan": np.nan}[answer]
+    return write_package(folder, to_onnx(weights), weights, name, stride, halo_px, pixel_um)
+
+
+def write_package(
+    folder: Path,
+    generator: bytes,
+    weights: npt.NDArray[np.float32],
+    name: str,
+    stride: int,
+    halo_px: int,
+    pixel_um: tuple[float, float] = (0.05, 2.0),
+) -> Package:
+    """Write a package at *folder* around the ONNX file *generator*."""
+    manifest = Manifest(
+        name=name,
+        version="0",
+        architecture="test",
+        stride=stride,
+        halo_px=halo_px,
+        modality="fluorescence",
+        pixel_um=pixel_um,
+        defocus_um=(0.0, 10.0),
+        defocus_dof=(0.0, 10.0),
+        training=Training(command="none", files=()),
+        created="2026-01-01T00:00:00Z",
+    )
+    plane = np.random.default_rng(0).integers(0, 4096, (48, 64), dtype=np.uint16)
+    golden = encode_golden([Golden(plane, Scaling(offset=100.0, scale=1000.0), plane)])
+    files = {WEIGHTS: save({"weight": weights}), ONNX: generator, GOLDEN: golden}
+    return write(folder, manifest, files)
+
+
+def to_onnx(weights: npt.NDArray[np.float32]) -> bytes:
+    """ONNX file of one 3 × 3 convolution, (N, 1, H, W) to (N, 1, H, W)."""
+    shape = ["n", 1, "height", "width"]
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["raw", "weight"], ["refocused"], pads=[1, 1, 1, 1])],
+        "generator",
+        [helper.make_tensor_value_info("raw", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("refocused", TensorProto.FLOAT, shape)],
+        [numpy_helper.from_array(weights, "weight")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
