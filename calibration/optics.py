@@ -100,7 +100,7 @@ def psf(
     centre, half = side // 2, size_px // 2
     taken = slice(centre - half * samples, centre + half * samples + 1, samples)
     cut = per_pixel[taken, taken]
-    return (cut / cut.sum()).astype(np.float32)
+    return np.asarray(cut / cut.sum(), dtype=np.float32)
 
 
 def blur(image: Image, kernel: Image) -> Image:
