@@ -1,0 +1,1 @@
+"""From Micro-Manager to a run on disk: hook, intake, writer; beside it the link to the engine."""

@@ -1,1 +1,1 @@
-"""The words that every room shares (frame, wire, settings, errors, status), and the command line."""
+"""The words every room shares (frame, wire, settings, errors, status), and the command line."""

@@ -73,7 +73,7 @@ class FrameHeader(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     bit_depth: int | None = None
     pixel_um: float | None = None
-    """Side of a camera pixel in the sample; None where Micro-Manager does not know it (it says 0)."""
+    """Side of a camera pixel in the sample; None where Micro-Manager does not know (it says 0)."""
     exposure_ms: float | None = None
     x_um: float | None = None
     y_um: float | None = None
@@ -90,7 +90,9 @@ class FrameHeader(msgspec.Struct, frozen=True, kw_only=True):
         if not 0 <= self.seq < MAX_SEQ:
             raise WireError(f"frame header: seq must be in 0..2^53, got {self.seq}")
         if len(self.shape) != 2 or not all(1 <= side <= MAX_SIDE_PX for side in self.shape):
-            raise WireError(f"frame header: shape must be (y, x) of 1..{MAX_SIDE_PX}, got {self.shape}")
+            raise WireError(
+                f"frame header: shape must be (y, x) of 1..{MAX_SIDE_PX}, got {self.shape}"
+            )
         if self.dtype not in DTYPES:
             raise WireError(f"frame header: dtype must be one of {DTYPES}, got {self.dtype!r}")
         if self.pixel_um is not None and not (math.isfinite(self.pixel_um) and self.pixel_um > 0):

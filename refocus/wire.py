@@ -1,0 +1,197 @@
+"""What travels between link and worker over ZeroMQ: [kind, header JSON, pixels], nothing else.
+
+The link (daemon side) binds a ROUTER, a worker connects DEALERs. No pickle anywhere: a header is
+JSON of a known struct, pixels are the bare bytes of one plane. Any byte string that is not a valid
+message raises `WireError` here and costs its sender the connection, never the receiver.
+
+  worker -> link   HELLO   I am here: epoch, secret, model, how many frames I can hold (credit)
+                   BEAT    every 250 ms, from a thread of its own: alive, and the seq in work
+                   BUSY    compiling or warming up: do not count this as a hang
+                   RESULT  the refocused plane of one seq
+                   FAULT   one seq could not be refocused, and why
+                   BYE     leaving in order
+  link -> worker   FRAME   one plane with its scaling; only against credit
+                   BEAT    the daemon is alive (a worker that hears nothing leaves)
+                   RENEW   you were given up: introduce yourself again, under a new epoch
+                   BYE     stop
+
+An epoch names one introduction of one worker. Whatever comes under an epoch that the link has given
+up (a frozen worker thawed, an answer overtaken by a time-out) is late, and is discarded.
+"""
+
+import enum
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+
+from refocus.errors import WireError
+from refocus.frame import FrameHeader, Pixels
+
+PROTOCOL = 1
+SECRET_VARIABLE = "REFOCUS_WIRE_SECRET"
+"""Environment variable through which a worker learns the secret of its link."""
+MAX_HEADER_BYTES = 16 * 1024
+MAX_PIXEL_BYTES = 512 * 1024 * 1024
+"""A 16,384² uint16 frame; ZeroMQ drops the peer that sends a longer part."""
+
+
+class Kind(bytes, enum.Enum):
+    """First part of every message."""
+
+    HELLO = b"HELLO"
+    BEAT = b"BEAT"
+    BUSY = b"BUSY"
+    FRAME = b"FRAME"
+    RESULT = b"RESULT"
+    FAULT = b"FAULT"
+    RENEW = b"RENEW"
+    BYE = b"BYE"
+
+
+class _Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    epoch: str
+
+
+class Hello(_Header, frozen=True, kw_only=True):
+    """A worker introduces itself. *credit*: frames it can hold at once (slots + 1)."""
+
+    protocol: int = PROTOCOL
+    secret: str
+    pid: int
+    model: str
+    """Hash of the model package in use."""
+    runtime: str
+    shapes: list[tuple[int, int]] = []
+    """Frame shapes (y, x) that are compiled already."""
+    credit: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.credit <= 64:
+            raise WireError(f"HELLO: credit must be 1..64, got {self.credit}")
+
+
+class Beat(_Header, frozen=True, kw_only=True):
+    """Alive. *seq* is the frame in work, None while idle."""
+
+    seq: int | None = None
+
+
+class Busy(_Header, frozen=True, kw_only=True):
+    """A long step that is no hang, in words ("compiling for 2048 x 2048")."""
+
+    what: str
+
+
+class Job(_Header, frozen=True, kw_only=True):
+    """Header of FRAME: the plane that follows, and the affine map of its channel (counts)."""
+
+    frame: FrameHeader
+    offset: float
+    scale: float
+
+
+class Result(_Header, frozen=True, kw_only=True):
+    """Header of RESULT: the refocused plane that follows has the raw plane's shape and dtype."""
+
+    seq: int
+    shape: tuple[int, int]
+    dtype: str
+    clipped: int
+    compute_ns: int
+    """Time the worker spent on this plane, from its arrival to its answer."""
+
+
+class Fault(_Header, frozen=True, kw_only=True):
+    """One frame could not be refocused. *rejected*: it was not the generator's to touch."""
+
+    seq: int
+    reason: str
+    rejected: bool = False
+
+
+class Renew(_Header, frozen=True, kw_only=True):
+    """The epoch that is no longer valid."""
+
+
+class Bye(_Header, frozen=True, kw_only=True):
+    """Leaving (worker) or stop (link)."""
+
+
+Message = Hello | Beat | Busy | Job | Result | Fault | Renew | Bye
+
+_HEADERS: dict[Kind, type[Message]] = {
+    Kind.HELLO: Hello,
+    Kind.BEAT: Beat,
+    Kind.BUSY: Busy,
+    Kind.FRAME: Job,
+    Kind.RESULT: Result,
+    Kind.FAULT: Fault,
+    Kind.RENEW: Renew,
+    Kind.BYE: Bye,
+}
+_KINDS = {header: kind for kind, header in _HEADERS.items()}
+_ENCODER = msgspec.json.Encoder()
+_DECODERS: dict[Kind, msgspec.json.Decoder[Any]] = {
+    kind: msgspec.json.Decoder(header) for kind, header in _HEADERS.items()
+}
+_DTYPES = {"uint8": np.uint8, "uint16": np.uint16}
+
+T = TypeVar("T")
+
+
+def encode(message: Message, pixels: Pixels | None = None) -> list[Any]:
+    """Parts to hand to ``send_multipart(..., copy=False)``; *pixels* must be C-contiguous."""
+    parts: list[Any] = [_KINDS[type(message)].value, _ENCODER.encode(message)]
+    if pixels is not None:
+        parts.append(pixels)
+    return parts
+
+
+def decode(parts: list[Any]) -> tuple[Message, Pixels | None]:
+    """A message and its pixels (y, x), read-only, from received parts (zmq.Frame or bytes).
+
+    Raises WireError on anything else: unknown kind, bad or oversized header, pixels that do not
+    match the header to the byte.
+    """
+    if not 2 <= len(parts) <= 3:
+        raise WireError(f"a message has 2 or 3 parts, got {len(parts)}")
+    kind = _kind(bytes(parts[0]))
+    raw = bytes(parts[1])
+    if len(raw) > MAX_HEADER_BYTES:
+        raise WireError(f"{kind.name}: header of {len(raw)} bytes, at most {MAX_HEADER_BYTES}")
+    try:
+        message: Message = _DECODERS[kind].decode(raw)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise WireError(f"{kind.name}: header is not valid: {error}") from error
+    if isinstance(message, Job):
+        return message, _plane(kind, parts, message.frame.shape, message.frame.dtype)
+    if isinstance(message, Result):
+        return message, _plane(kind, parts, message.shape, message.dtype)
+    if len(parts) != 2:
+        raise WireError(f"{kind.name}: carries no pixels, but a third part came")
+    return message, None
+
+
+def _kind(name: bytes) -> Kind:
+    try:
+        return Kind(name)
+    except ValueError:
+        raise WireError(f"unknown message kind {name[:16]!r}") from None
+
+
+def _plane(kind: Kind, parts: list[Any], shape: tuple[int, int], dtype: str) -> Pixels:
+    if len(parts) != 3:
+        raise WireError(f"{kind.name}: pixels are missing")
+    if dtype not in _DTYPES:
+        raise WireError(f"{kind.name}: dtype must be uint8 or uint16, got {dtype!r}")
+    if min(shape) < 1:
+        raise WireError(f"{kind.name}: shape must be positive, got {shape}")
+    # A zmq.Frame keeps the received memory alive through its buffer: no copy here.
+    buffer = parts[2].buffer if hasattr(parts[2], "buffer") else parts[2]
+    wanted = shape[0] * shape[1] * np.dtype(dtype).itemsize
+    if len(buffer) != wanted:
+        raise WireError(f"{kind.name}: {len(buffer)} bytes of pixels, {shape} {dtype} has {wanted}")
+    plane: Pixels = np.frombuffer(buffer, _DTYPES[dtype]).reshape(shape)
+    plane.flags.writeable = False
+    return plane
