@@ -1,8 +1,9 @@
 """Model packages for tests: real ONNX that runtimes run, with answers known in advance.
 
-`identity` returns what it gets (through one convolution with a centred 1, so that the graph holds
-a real layer); `nan` and `constant` are the rubbish that checks must stop; `negated` visibly differs
-from its input, to prove that an answer came from the network.
+Built as the generators are: a convolution and a way around it, which stays float32 where the
+runtime computes in less. So `identity` gives exactly what it gets; `negated` (x - 2x) visibly
+differs from its input, to prove that an answer came from the network; `nan` and `constant` are the
+rubbish that checks must stop.
 """
 
 from pathlib import Path
@@ -40,9 +41,17 @@ def make(
     pixel_um: tuple[float, float] = (0.05, 2.0),
 ) -> Package:
     """Write a package at *folder* whose network gives *answer*, and return it."""
+    centre, residual = {
+        "identity": (0.0, True),
+        "negated": (-2.0, True),
+        "constant": (0.0, False),
+        "nan": (np.nan, False),
+    }[answer]
     weights = np.zeros((1, 1, 3, 3), np.float32)
-    weights[0, 0, 1, 1] = {"identity": 1, "negated": -1, "constant": 0, "nan": np.nan}[answer]
-    return write_package(folder, to_onnx(weights), weights, name, stride, halo_px, pixel_um)
+    weights[0, 0, 1, 1] = centre
+    return write_package(
+        folder, to_onnx(weights, residual), weights, name, stride, halo_px, pixel_um
+    )
 
 
 def write_package(
@@ -74,14 +83,17 @@ def write_package(
     return write(folder, manifest, files)
 
 
-def to_onnx(weights: npt.NDArray[np.float32]) -> bytes:
-    """ONNX file of one 3 × 3 convolution, (N, 1, H, W) to (N, 1, H, W)."""
+def to_onnx(weights: npt.NDArray[np.float32], residual: bool) -> bytes:
+    """ONNX file of one 3 × 3 convolution, plus its input where *residual*; (N, 1, H, W) both."""
     shape = ["n", 1, "height", "width"]
+    nodes = [helper.make_node("Conv", ["raw", "weight"], ["convolved"], pads=[1, 1, 1, 1])]
+    if residual:
+        nodes.append(helper.make_node("Add", ["raw", "convolved"], ["refocused"]))
     graph = helper.make_graph(
-        [helper.make_node("Conv", ["raw", "weight"], ["refocused"], pads=[1, 1, 1, 1])],
+        nodes,
         "generator",
         [helper.make_tensor_value_info("raw", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("refocused", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, shape)],
         [numpy_helper.from_array(weights, "weight")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
