@@ -102,12 +102,12 @@ class OpenVino:
             model = self._core.read_model(package.onnx)
             model.reshape(wanted)
             compiled = self._core.compile_model(model, "CPU", self._options)
+            got = list(compiled.output().shape)
         except RuntimeError as error:
             raise PackageError(
                 f"model package {package.folder}: OpenVINO cannot compile {package.onnx.name} "
                 f"for input {wanted}: {error}"
             ) from error
-        got = list(compiled.output().shape)
         if got != wanted:
             raise PackageError(
                 f"model package {package.folder}: {package.onnx.name} answers shape {got} "
