@@ -1,0 +1,295 @@
+"""The demo microscope: a real core, a specimen that defocuses, and an acquisition without traps."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import zlib
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from microscope import run_in_core
+
+from acquire.sources import acquisition
+from acquire.sources.acquisition import run
+from acquire.sources.demo import CHANNELS, Z_UM, DemoMicroscope
+from acquire.sources.specimen import (
+    BACKGROUND_PHOTONS,
+    GRID_STEP_UM,
+    OFFSET_COUNTS,
+    PHOTONS_PER_COUNT,
+    PIXEL_UM,
+    READ_NOISE_PHOTONS,
+    Specimen,
+)
+from refocus.errors import RefocusError, SettingsError
+from refocus.frame import FrameHeader
+
+SIZE_PX = 128
+
+
+@pytest.fixture(scope="module")
+def specimen() -> Specimen:
+    return Specimen(SIZE_PX, seed=3)
+
+
+# --- the specimen ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channel", CHANNELS)
+def test_planes_lose_contrast_step_by_step_away_from_focus(
+    specimen: Specimen, channel: str
+) -> None:
+    for sign in (-1, 1):
+        sharpness = [
+            float(np.diff(specimen.image(channel, sign * z_um, 0, 0, 7).astype(float)).std())
+            for z_um in (0.0, 1.25, 2.5)
+        ]
+        assert all(nearer > farther for nearer, farther in pairwise(sharpness)), sharpness
+
+
+@pytest.mark.parametrize("channel", CHANNELS)
+def test_a_frame_in_focus_is_the_truth_plus_camera_noise(specimen: Specimen, channel: str) -> None:
+    truth = specimen.truth(channel, 5.0, 9.0).astype(np.float64)
+    residual = specimen.image(channel, 0.0, 5.0, 9.0, 1) - truth
+    photons = (truth - OFFSET_COUNTS) * PHOTONS_PER_COUNT
+    expected = np.sqrt(photons + READ_NOISE_PHOTONS**2) / PHOTONS_PER_COUNT
+    # Standard errors of mean and standard deviation over this many pixels, five times.
+    assert abs((residual / expected).mean()) < 5 / SIZE_PX
+    assert abs((residual / expected).std() - 1) < 5 / SIZE_PX / np.sqrt(2)
+    assert photons.min() >= BACKGROUND_PHOTONS * 0.99
+
+
+def test_a_plane_between_two_rendered_ones_lies_between_them(specimen: Specimen) -> None:
+    below, between, above = (
+        specimen.image("FITC", share * GRID_STEP_UM, 0, 0, 5).astype(float)
+        for share in (1.0, 1.5, 2.0)
+    )
+    # The same noise in all three: what is left is rounding and the root of the noise's variance.
+    assert np.abs(between - (below + above) / 2).mean() < 1.0
+    assert np.abs(above - below).mean() > 5.0
+
+
+def test_same_seed_same_picture_other_seed_other_picture(specimen: Specimen) -> None:
+    again, other = Specimen(SIZE_PX, seed=3), Specimen(SIZE_PX, seed=4)
+    place = ("DAPI", 1.25, 3.0, 4.0, 11)
+    np.testing.assert_array_equal(specimen.image(*place), again.image(*place))
+    assert not np.array_equal(specimen.truth("DAPI", 0, 0), other.truth("DAPI", 0, 0))
+    assert not np.array_equal(specimen.image(*place), specimen.image(*place[:4], 12))
+
+
+def test_moving_the_stage_moves_the_picture_and_never_leaves_the_specimen(
+    specimen: Specimen,
+) -> None:
+    here = specimen.truth("TRITC", 0.0, 0.0)
+    moved = specimen.truth("TRITC", 10 * PIXEL_UM, -7 * PIXEL_UM)
+    np.testing.assert_array_equal(moved[7:, :-10], here[:-7, 10:])
+    assert specimen.truth("TRITC", 1e5, -1e5).std() > 10
+
+
+def test_progress_ends_at_one() -> None:
+    seen: list[float] = []
+    Specimen(64, progress=seen.append)
+    assert seen[-1] == pytest.approx(1.0)
+    assert seen == sorted(seen)
+
+
+@pytest.mark.parametrize("size_px", [31, 0, -4, 5000])
+def test_a_size_the_demo_cannot_have_is_refused(size_px: int) -> None:
+    with pytest.raises(SettingsError, match=str(size_px)):
+        DemoMicroscope(size_px)
+
+
+def test_importing_the_sources_does_not_import_pycromanager() -> None:
+    code = (
+        "import sys, acquire.sources.demo, acquire.sources.acquisition;"
+        "assert not {'pycromanager', 'pymmcore', 'mmpycorex'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_without_pycromanager_the_error_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "pycromanager", None)
+    with pytest.raises(SettingsError, match=r'pip install "refocus\[micromanager\]"'):
+        DemoMicroscope(64)
+
+
+# --- the microscope -------------------------------------------------------------------------------
+
+
+def one_after_the_other() -> dict[str, Any]:
+    """Two microscopes in one process; the frames of the second."""
+    got: list[tuple[Any, dict[str, Any]]] = []
+    for frames in (2, 36):
+        got.clear()
+        with DemoMicroscope(SIZE_PX) as demo:
+            hook = demo.wrap(lambda image, metadata: got.append((image, metadata)))
+            events = demo.events(frames, frames_per_s=100)
+            run(events, {"image_process_fn": hook}, stop=threading.Event())
+            errors = [_error_counts(demo, image, metadata) for image, metadata in got]
+    return {
+        "axes": [metadata["Axes"] for _, metadata in got],
+        "events": [event["axes"] for event in events],
+        "z_um": [metadata["ZPosition_um_Intended"] for _, metadata in got],
+        "exposure_ms": [metadata["Exposure"] for _, metadata in got],
+        "pixel_um": [metadata["PixelSize_um"] for _, metadata in got],
+        "pixels": sorted({(str(image.dtype), *image.shape) for image, _ in got}),
+        "errors": errors,
+        "pictures": [zlib.crc32(image) for image, _ in got],
+    }
+
+
+def _error_counts(demo: DemoMicroscope, image: Any, metadata: dict[str, Any]) -> float:
+    """RMS distance of a frame from the truth at its own position and channel."""
+    header = FrameHeader(
+        run="r",
+        seq=0,
+        axes=metadata["Axes"],
+        channel=metadata["Axes"]["channel"],
+        shape=image.shape,
+        dtype=str(image.dtype),
+        x_um=metadata["XPosition_um_Intended"],
+        y_um=metadata["YPosition_um_Intended"],
+    )
+    truth = demo.truth_for(header)
+    assert truth is not None
+    return float(np.sqrt(np.mean((image - truth) ** 2)))
+
+
+def test_the_demo_run_delivers_its_events_and_pictures_that_follow_z() -> None:
+    first, second = run_in_core(one_after_the_other), run_in_core(one_after_the_other)
+    assert first["axes"] == first["events"]
+    assert len(first["axes"]) == 36
+    assert {axes["position"] for axes in first["axes"]} == {"A", "B"}
+    assert {axes["channel"] for axes in first["axes"]} == set(CHANNELS)
+    assert {axes["time"] for axes in first["axes"]} == {0, 1}
+    assert first["pixels"] == [["uint16", SIZE_PX, SIZE_PX]]
+    assert set(first["pixel_um"]) == {PIXEL_UM}
+    assert set(first["exposure_ms"]) == {4.0}
+    assert set(first["z_um"]) == set(Z_UM)
+    by_channel_and_z = {
+        (axes["channel"], axes["position"], z_um): error
+        for axes, z_um, error in zip(first["axes"], first["z_um"], first["errors"], strict=True)
+    }
+    for channel in CHANNELS:
+        for position in "AB":
+            in_focus = by_channel_and_z[channel, position, 0.0]
+            assert all(
+                by_channel_and_z[channel, position, z_um] > 1.15 * in_focus for z_um in Z_UM if z_um
+            )
+    assert first["pictures"] == second["pictures"], "the same run shows the same pictures"
+
+
+def camera_pixels() -> dict[str, Any]:
+    got: list[Any] = []
+    with DemoMicroscope(64, specimen=False) as demo:
+        hook = demo.wrap(lambda image, metadata: got.append(image))
+        run(demo.events(4, 100), {"image_process_fn": hook}, stop=threading.Event())
+        header = FrameHeader(
+            run="r", seq=0, axes={}, channel="DAPI", shape=(64, 64), dtype="uint16"
+        )
+        truth = demo.truth_for(header)
+    return {"pixels": [zlib.crc32(image) for image in got], "truth": truth}
+
+
+def test_camera_pixels_are_the_cameras_own_and_have_no_truth() -> None:
+    found = run_in_core(camera_pixels)
+    assert len(set(found["pixels"])) == 4, "the camera's waves move from frame to frame"
+    assert found["truth"] is None
+
+
+# --- an acquisition without traps -----------------------------------------------------------------
+
+
+def outcome(case: str) -> dict[str, Any]:
+    """What `run` makes of a hook or event that goes wrong, and how many frames came."""
+    from pycromanager import Core
+
+    def boom(*_: Any) -> Any:
+        raise ValueError("boom")
+
+    frames: list[int] = []
+    hooks: dict[str, Any] = {"image_process_fn": lambda image, metadata: frames.append(1)}
+    stop, stuck = threading.Event(), threading.Event()
+    minutes_apart = [{"axes": {"time": i}, "min_start_time": 60.0 * i} for i in range(3)]
+    with DemoMicroscope(32, specimen=False) as demo:
+        events = demo.events(20, 100)
+        match case:
+            case "image hook raises":
+                hooks["image_process_fn"] = boom
+            case "hardware hook raises":
+                hooks["post_hardware_hook_fn"] = boom
+            case "event hook raises":
+                hooks["event_generation_hook_fn"] = boom
+            case "hook cancels":
+                hooks["post_hardware_hook_fn"] = lambda event: None
+            case "no such stage":
+                events = [{"axes": {"z": 0}, "stage_positions": [["NoSuchStage", 1.0]]}]
+            case "no such preset":
+                events = [{"axes": {"c": 0}, "config_group": ["Channel", "Cy7"]}]
+            case "no axes":
+                events = [{"x": 1.0}]
+            case "no events":
+                events = []
+            case "rgb":
+                Core().set_property("Camera", "PixelType", "32bitRGB")
+            case "stop":
+                events = minutes_apart
+                hooks["image_process_fn"] = lambda image, metadata: (frames.append(1), stop.set())
+            case "ctrl-c":
+                events = minutes_apart
+                hooks["image_process_fn"] = lambda image, metadata: (
+                    frames.append(1),
+                    os.kill(os.getpid(), signal.SIGINT),
+                )
+            case "hang":
+                acquisition.ABORT_GRACE_S = 0.5
+                hooks["image_process_fn"] = lambda image, metadata: (stuck.wait(), None)[1]
+        try:
+            run(events, hooks, stop=stop, stall_s=0.5 if case == "hang" else 20.0)
+            said = ""
+        except RefocusError as error:
+            said = f"{type(error).__name__}: {error}"
+        stuck.set()
+        _wait_for_threads(before=("Acquisition Engine", "Acq Eng"))
+    return {"said": said, "frames": len(frames), "stopped": stop.is_set()}
+
+
+def _wait_for_threads(before: tuple[str, ...]) -> None:
+    """Until all threads but the main one and *before* (name prefixes) have ended."""
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and not thread.name.startswith(before):
+            thread.join(10)
+
+
+@pytest.mark.parametrize(
+    ("case", "says"),
+    [
+        ("image hook raises", "RunError: image_process_fn failed: ValueError('boom')"),
+        ("hardware hook raises", "RunError: post_hardware_hook_fn failed: ValueError('boom')"),
+        ("event hook raises", "RunError: event_generation_hook_fn failed: ValueError('boom')"),
+        ("hook cancels", "RunError: Micro-Manager ended the acquisition after 0 of 20 frames"),
+        ("no such stage", "RunError: Micro-Manager ended the acquisition after 0 of 1 frames"),
+        ("no such preset", "has no preset 'Cy7'; it has DAPI, FITC, TRITC"),
+        ("no axes", "RunError: Micro-Manager does not take these events"),
+        ("no events", "SettingsError: acquisition: there are no events"),
+        ("rgb", "SettingsError: acquisition: camera 'Camera' delivers 4 bytes per pixel"),
+        ("hang", "RunError: the acquisition hangs"),
+    ],
+)
+def test_what_pycromanager_keeps_silent_about_is_said(case: str, says: str) -> None:
+    found = run_in_core(outcome, case)
+    assert says in found["said"]
+    assert not found["stopped"]
+
+
+@pytest.mark.parametrize("case", ["stop", "ctrl-c"])
+def test_a_stop_ends_an_acquisition_that_waits_for_its_next_time_point(case: str) -> None:
+    """The next time point is a minute away; the child's deadline is below that."""
+    found = run_in_core(outcome, case, timeout_s=30)
+    assert found == {"said": "", "frames": 1, "stopped": True}
