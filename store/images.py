@@ -1,0 +1,150 @@
+"""The images of a run while it is written: arrays and OME metadata, in an order always valid.
+
+Before the first plane of a pair: its two arrays, then its two groups, then the lists of images
+(OME/zarr.json, METADATA.ome.xml), then, for the first pair, the root. So whatever is listed is
+there, at any moment. Before the first plane of a new channel: both arrays grow, then the labels.
+Metadata that become known later (the z step with the second plane of a stack, the sizes at the
+end) replace the earlier ones whole.
+
+A step that fails (a full disk) is done again for the next plane.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from refocus.frame import FrameHeader, Pixels
+from store import ome
+from store.layout import Pair, Place, array_dir, image_dir, replace_file
+from store.planes import PlaneArray
+
+REFOCUSED = "refocused"
+
+
+@dataclass
+class _PairOnDisk:
+    pair: Pair
+    raw: PlaneArray
+    refocused: PlaneArray
+    channels: tuple[ome.Channel, ...] = ()
+    z_step_um: float | None = None
+    z_known: int = 0
+    xml: tuple[str, str] = ("", "")
+
+    def images(self) -> tuple[ome.Image, ome.Image]:
+        """Both images as they are now."""
+        raw = ome.Image(
+            number=2 * self.pair.number,
+            name=f"{self.pair.name} raw".strip(),
+            shape=self.raw.shape,
+            dtype=self.pair.form.dtype,
+            channels=self.channels,
+            pixel_um=self.pair.form.pixel_um,
+            z_step_um=self.z_step_um,
+        )
+        refocused = ome.Image(
+            number=raw.number + 1,
+            name=f"{self.pair.name} {REFOCUSED}".strip(),
+            shape=self.refocused.shape,
+            dtype=raw.dtype,
+            channels=tuple(
+                channel.renamed(f"{channel.name} {REFOCUSED}") for channel in self.channels
+            ),
+            pixel_um=raw.pixel_um,
+            z_step_um=raw.z_step_um,
+        )
+        return raw, refocused
+
+
+class Images:
+    """All image pairs of one run."""
+
+    def __init__(self, run: Path, placed: list[Pair]) -> None:
+        """*placed* are the pairs in order of appearance; the caller appends to it."""
+        self._run = run
+        self._placed = placed
+        self._pairs: list[_PairOnDisk] = []
+
+    def write_raw(self, pair: Pair, place: Place, header: FrameHeader, pixels: Pixels) -> Pixels:
+        """Store a raw plane; returns it as stored. Raises OSError."""
+        on_disk = self._prepare(pair, header, pixels)
+        return on_disk.raw.write(place.t, place.c, place.z, pixels)
+
+    def write_refocused(self, place: Place, pixels: Pixels) -> Pixels:
+        """Store the twin of a raw plane that is there; returns it as stored. Raises OSError."""
+        return self._pairs[place.pair].refocused.write(place.t, place.c, place.z, pixels)
+
+    def finish(self) -> None:
+        """Cut all shapes to what is there and write the final metadata. Raises OSError."""
+        for on_disk in self._pairs:
+            extent = on_disk.pair.extent
+            on_disk.raw.trim(*extent)
+            on_disk.refocused.trim(*extent)
+            on_disk.z_step_um = on_disk.pair.z_step_um
+            self._save_groups(on_disk)
+        if self._pairs:
+            self._save_lists()
+
+    def _prepare(self, pair: Pair, header: FrameHeader, plane: Pixels) -> _PairOnDisk:
+        """Make what must stand on disk before this plane."""
+        while (
+            len(self._pairs) <= pair.number
+        ):  # also one whose first plane failed: no gap in numbers
+            self._add(self._placed[len(self._pairs)], header, plane)
+        on_disk = self._pairs[pair.number]
+        new_channels = len(pair.channel_names) > len(on_disk.channels)
+        if new_channels:
+            self._add_channels(on_disk, header, plane)
+        if _step_changed(on_disk) or new_channels:
+            self._save_groups(on_disk)
+            self._save_lists()
+        return on_disk
+
+    def _add(self, pair: Pair, header: FrameHeader, plane: Pixels) -> None:
+        raw, refocused = (
+            PlaneArray.create(
+                array_dir(self._run, 2 * pair.number + twin), pair.form.shape, pair.form.dtype
+            )
+            for twin in (0, 1)
+        )
+        on_disk = _PairOnDisk(pair, raw, refocused)
+        self._add_channels(on_disk, header, plane)
+        self._save_groups(on_disk)
+        self._pairs.append(on_disk)
+        try:
+            self._save_lists()
+            if pair.number == 0:
+                replace_file(self._run / "zarr.json", ome.root_group())
+        except OSError:
+            self._pairs.pop()
+            raise
+
+    def _add_channels(self, on_disk: _PairOnDisk, header: FrameHeader, plane: Pixels) -> None:
+        names = on_disk.pair.channel_names[len(on_disk.channels) :]
+        for array in (on_disk.raw, on_disk.refocused):
+            array.cover(0, len(on_disk.channels) + len(names) - 1, 0)
+        on_disk.channels += tuple(ome.channel(name, plane, header.bit_depth) for name in names)
+
+    def _save_groups(self, on_disk: _PairOnDisk) -> None:
+        images = on_disk.images()
+        for image in images:
+            replace_file(image_dir(self._run, image.number) / "zarr.json", ome.image_group(image))
+        on_disk.xml = ome.xml_image(images[0]), ome.xml_image(images[1])
+
+    def _save_lists(self) -> None:
+        folder = self._run / "OME"
+        folder.mkdir(exist_ok=True)
+        replace_file(folder / "zarr.json", ome.series_group(2 * len(self._pairs)))
+        elements = [element for on_disk in self._pairs for element in on_disk.xml]
+        replace_file(folder / "METADATA.ome.xml", ome.xml(elements))
+
+
+def _step_changed(on_disk: _PairOnDisk) -> bool:
+    """Take over the pair's z step where it is new, or another by more than the stage's jitter."""
+    if len(on_disk.pair.z_um) == on_disk.z_known:
+        return False
+    on_disk.z_known = len(on_disk.pair.z_um)
+    old, new = on_disk.z_step_um, on_disk.pair.z_step_um
+    if old == new or (old and new and abs(new - old) < 0.05 * old):
+        return False
+    on_disk.z_step_um = new
+    return True

@@ -1,0 +1,165 @@
+"""outcomes.bin: fixed-size records, one an outcome, each with its own checksum.
+
+**A record is the acknowledgement**: it is appended after the plane's write has returned, so a
+plane with a SAVED record survives kill -9 of the writer. A later record of the same seq and kind
+supersedes an earlier one.
+
+A file header of 64 bytes, then records of 64 bytes, little endian (byte by byte:
+docs/on-disk.md). A record's crc32c runs over its number in the file and its bytes: a flipped bit,
+or a record that is not where it was written, is noticed, and the sound records around it are
+still read. A writer killed in the middle of an append leaves a torn tail; it was never
+acknowledged, readers leave it out and say so.
+"""
+
+import enum
+import struct
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import google_crc32c
+import msgspec
+
+from refocus.errors import RunError
+from refocus.frame import Pixels, RawOutcome, RefocusOutcome
+
+VERSION = 1
+RECORD_BYTES = 64
+NO_IMAGE = 0xFFFF_FFFF
+"""Image number of an outcome that left no plane."""
+MAX_CLIPPED = 0xFFFF_FFFF
+
+_BODY = struct.Struct("<QQQIIIIIIIIBBxx")
+_CRC = struct.Struct("<I")
+_HEADER = struct.Struct("<16sII36x")
+_MAGIC = b"refocus journal\n"
+
+
+class Kind(enum.IntEnum):
+    """What a record speaks of."""
+
+    RAW = 1
+    REFOCUS = 2
+
+
+class Counts(msgspec.Struct, frozen=True, kw_only=True):
+    """Outcomes of a run, by the last record of every frame."""
+
+    saved: int = 0
+    failed: int = 0
+    refocused: int = 0
+    skipped: int = 0
+    late: int = 0
+    lost: int = 0
+    rejected: int = 0
+    refocus_failed: int = 0
+
+    @classmethod
+    def of(cls, tally: "Counter[tuple[int, int]]") -> "Counts":
+        """Counts from how often each (kind, outcome) is some frame's last."""
+        return cls(
+            saved=tally[Kind.RAW, RawOutcome.SAVED],
+            failed=tally[Kind.RAW, RawOutcome.FAILED],
+            refocused=tally[Kind.REFOCUS, RefocusOutcome.REFOCUSED],
+            skipped=tally[Kind.REFOCUS, RefocusOutcome.SKIPPED],
+            late=tally[Kind.REFOCUS, RefocusOutcome.LATE],
+            lost=tally[Kind.REFOCUS, RefocusOutcome.LOST],
+            rejected=tally[Kind.REFOCUS, RefocusOutcome.REJECTED],
+            refocus_failed=tally[Kind.REFOCUS, RefocusOutcome.FAILED],
+        )
+
+    @property
+    def received(self) -> int:
+        """Frames with a raw outcome."""
+        return self.saved + self.failed
+
+    @property
+    def unanswered(self) -> int:
+        """Frames without a refocus outcome; none in a run that was closed in order."""
+        answered = self.refocused + self.skipped + self.late + self.lost
+        return self.received - answered - self.rejected - self.refocus_failed
+
+
+class Record(NamedTuple):
+    """One outcome; the fields in the order of their bytes."""
+
+    seq: int
+    wall_ns: int
+    latency_ns: int = 0
+    """From the hook to the refocused plane on disk; 0 for raw."""
+    image: int = NO_IMAGE
+    t: int = 0
+    c: int = 0
+    z: int = 0
+    plane_crc32c: int = 0
+    """Of the plane's bytes, little endian, as they lie on disk."""
+    clipped: int = 0
+    """Pixels outside the dtype's range before rounding, at most MAX_CLIPPED."""
+    generator: int = 0
+    """Number of a GeneratorLine; 0: none."""
+    reason: int = 0
+    """Number of a ReasonLine; 0: none needed, or it could not be written."""
+    kind: int = Kind.RAW
+    outcome: int = 0
+    """A RawOutcome or RefocusOutcome, by kind."""
+
+
+def crc32c(data: Pixels | bytes) -> int:
+    """CRC-32C (Castagnoli) of contiguous pixels or bytes."""
+    return int(google_crc32c.value(data))
+
+
+def file_header() -> bytes:
+    """The 64 bytes before the first record."""
+    header = _HEADER.pack(_MAGIC, VERSION, RECORD_BYTES)
+    return header + _CRC.pack(crc32c(header))
+
+
+def encode(record: Record, number: int) -> bytes:
+    """The 64 bytes of a record that stands as *number*-th (from 0) in its file."""
+    body = _BODY.pack(*record)
+    return body + _CRC.pack(_record_crc(body, number))
+
+
+def _record_crc(body: bytes, number: int) -> int:
+    return int(google_crc32c.extend(crc32c(number.to_bytes(8, "little")), body))
+
+
+@dataclass(frozen=True)
+class Records:
+    """What a reader found in outcomes.bin."""
+
+    records: list[Record]
+    damaged: list[int]
+    """Numbers of the records whose checksum does not fit."""
+    torn_bytes: int
+    """Bytes after the last whole record: an append that never finished."""
+
+
+def read_records(path: Path) -> Records:
+    """All sound records of outcomes.bin, in order. Raises RunError where it is not a journal."""
+    content = path.read_bytes()
+    header = content[:RECORD_BYTES]
+    if len(header) < RECORD_BYTES:  # killed within the first write of all
+        return Records([], [], len(header))
+    body, crc = header[: _HEADER.size], header[_HEADER.size :]
+    magic, version, size = _HEADER.unpack(body)
+    if magic != _MAGIC or _CRC.pack(crc32c(body)) != crc:
+        raise RunError(f"{path}: the first {RECORD_BYTES} bytes are not a journal's; it is damaged")
+    if (version, size) != (VERSION, RECORD_BYTES):
+        raise RunError(
+            f"{path}: journal version {version}; this Refocus reads {VERSION}: update it"
+        )
+    sound: list[Record] = []
+    damaged: list[int] = []
+    count = len(content) // RECORD_BYTES - 1
+    for number in range(count):
+        start = (number + 1) * RECORD_BYTES
+        body = content[start : start + _BODY.size]
+        (crc_found,) = _CRC.unpack_from(content, start + _BODY.size)
+        if crc_found == _record_crc(body, number):
+            sound.append(Record(*_BODY.unpack(body)))
+        else:
+            damaged.append(number)
+    return Records(sound, damaged, len(content) % RECORD_BYTES)

@@ -1,0 +1,313 @@
+"""Writes a run: every frame gets its line, its plane and its record, in this order.
+
+Promises:
+- a plane whose `write_raw` or `write_refocused` returned survives kill -9 of this process;
+- an acknowledged plane is never written again;
+- from the first acknowledged plane on, and after every call, the folder is a valid OME-Zarr 0.5:
+  an image's metadata are there before its first plane, and files are replaced, never rewritten;
+- whatever goes wrong with a raw frame ends in a FAILED record and a RunError, also on a full
+  disk: an outcome that could not even be booked is booked as soon as the disk takes it, at the
+  latest in `close`.
+
+All calls come from one thread. Readers may open the run at any moment (store/reader.py).
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from refocus.errors import RunError
+from refocus.frame import Frame, FrameHeader, Pixels, RawOutcome, RefocusOutcome
+from store.images import Images
+from store.journal import (
+    EventLine,
+    FrameLine,
+    GeneratorLine,
+    Journal,
+    PairLine,
+    ReasonLine,
+    RunLine,
+    ScalingLine,
+    SealLine,
+    plain,
+)
+from store.layout import Pair, Place, Placer, RunInfo, journal_dir
+from store.records import MAX_CLIPPED, Counts, Kind, Record, crc32c
+
+
+class Provenance(msgspec.Struct, frozen=True, kw_only=True):
+    """How a refocused plane was made."""
+
+    generator: int
+    """As `RunWriter.note_generator` numbered it; it stands for package hash and runtime."""
+    latency_ns: int
+    """From the hook to the answer."""
+    clipped: int = 0
+    """Pixels that fell outside the dtype's range."""
+
+
+class RunWriter:
+    """One run while it is written. Made by `create`, ended by `close`."""
+
+    def __init__(self, path: Path, journal: Journal, pixel_um: float | None) -> None:
+        self.path = path
+        self._journal = journal
+        self._placer = Placer(pixel_um)
+        self._images = Images(path, self._placer.pairs)
+        self._channels_told: dict[int, int] = {}  # pair -> channels of its last PairLine
+        self._raw: dict[int, Place | None] = {}  # seq -> where it is SAVED, None where it FAILED
+        self._refocus: dict[int, RefocusOutcome] = {}
+        self._tally: Counter[tuple[int, int]] = Counter()
+        self._reasons: dict[str, int] = {}
+        self._generators: list[GeneratorLine] = []
+
+    @classmethod
+    def create(cls, path: Path, info: RunInfo) -> "RunWriter":
+        """Start a run in a new folder. Raises RunError where *path* exists: it stays untouched."""
+        try:
+            path.mkdir(parents=True)
+            journal = Journal(journal_dir(path), _plain_info(info))
+        except FileExistsError as error:
+            raise RunError(f"{path}: exists already; give a folder that does not") from error
+        except OSError as error:
+            raise RunError(f"{path}: a run cannot be made here ({_describe(error)})") from error
+        return cls(path, journal, info.pixel_um)
+
+    def write_raw(self, frame: Frame, tags: Mapping[str, object]) -> FrameHeader:
+        """Place a frame, store its plane and acknowledge it; returns its header with the segment.
+
+        Whatever goes wrong is journalled as FAILED and raised as RunError.
+        """
+        seq = frame.header.seq
+        if seq in self._raw:
+            raise RunError(f"frame {seq}: has a raw outcome already; each seq is written once")
+        try:
+            header, pair, place = self._place(frame, tags)
+            stored = self._images.write_raw(pair, place, header, frame.pixels)
+            self._tell_pair(pair)
+            self._journal.acknowledge(
+                Record(
+                    seq=seq,
+                    wall_ns=time.time_ns(),
+                    image=place.raw_image,
+                    t=place.t,
+                    c=place.c,
+                    z=place.z,
+                    plane_crc32c=crc32c(stored),
+                    kind=Kind.RAW,
+                    outcome=RawOutcome.SAVED,
+                )
+            )
+        except Exception as error:  # whatever it was, no frame may vanish unbooked
+            self._fail_raw(seq, _describe(error))
+            raise RunError(f"frame {seq}: not saved: {_describe(error)}") from error
+        pair.take(place)
+        self._raw[seq] = place
+        self._tally[Kind.RAW, RawOutcome.SAVED] += 1
+        return header
+
+    def write_refocused(self, seq: int, pixels: Pixels, made: Provenance) -> None:
+        """Store the refocused twin of a saved frame, of raw's shape and dtype, and acknowledge it.
+
+        Whatever goes wrong with the plane is journalled as FAILED and raised as RunError.
+        """
+        place = self._raw.get(seq)
+        if place is None:
+            raise RunError(
+                f"frame {seq}: its raw plane is not saved; there is nothing to put a twin to"
+            )
+        self._require_open_answer(seq)
+        try:
+            form = self._placer.pairs[place.pair].form
+            if pixels.shape != form.shape or pixels.dtype.name != form.dtype:
+                raise RunError(
+                    f"refocused plane is {pixels.dtype} {pixels.shape}, "
+                    f"raw is {form.dtype} {form.shape}"
+                )
+            stored = self._images.write_refocused(place, pixels)
+            self._journal.acknowledge(
+                Record(
+                    seq=seq,
+                    wall_ns=time.time_ns(),
+                    latency_ns=made.latency_ns,
+                    image=place.refocused_image,
+                    t=place.t,
+                    c=place.c,
+                    z=place.z,
+                    plane_crc32c=crc32c(stored),
+                    clipped=min(made.clipped, MAX_CLIPPED),
+                    generator=made.generator,
+                    kind=Kind.REFOCUS,
+                    outcome=RefocusOutcome.REFOCUSED,
+                )
+            )
+        except Exception as error:  # whatever it was, it ends in an outcome
+            self.book_refocus(seq, RefocusOutcome.FAILED, _describe(error))
+            raise RunError(f"frame {seq}: refocused plane not saved: {_describe(error)}") from error
+        self._set_refocus(seq, RefocusOutcome.REFOCUSED)
+
+    def book_refocus(self, seq: int, outcome: RefocusOutcome, reason: str) -> None:
+        """Journal why a frame has no twin. Booking over a twin that is on disk raises RunError."""
+        if outcome == RefocusOutcome.REFOCUSED:
+            raise RunError(f"frame {seq}: REFOCUSED is booked by write_refocused, with the plane")
+        self._require_open_answer(seq)
+        self._journal.book(self._without_plane(seq, Kind.REFOCUS, outcome, reason))
+        self._set_refocus(seq, outcome)
+
+    def book_raw_failed(self, seq: int, reason: str) -> None:
+        """Journal that a frame's own pixels were lost before they came here."""
+        if seq in self._raw:
+            raise RunError(f"frame {seq}: has a raw outcome already; each seq is booked once")
+        self._fail_raw(seq, reason)
+
+    def note_scaling(self, channel: str, offset: float, scale: float) -> None:
+        """Write down the frozen scaling of a channel: network = (counts - offset) / scale."""
+        if not (math.isfinite(offset) and math.isfinite(scale) and scale > 0):
+            raise RunError(f"scaling of {channel!r}: wanted finite numbers, got {offset}, {scale}")
+        self._line(ScalingLine(plain(channel), offset, scale))
+
+    def note_generator(self, package_hash: str, name: str, version: str, runtime: str) -> int:
+        """Write down a generator in a runtime; returns its number for `Provenance`."""
+        for known in self._generators:
+            if (known.package_hash, known.runtime) == (package_hash, runtime):
+                return known.number
+        line = GeneratorLine(
+            number=len(self._generators) + 1,
+            package_hash=package_hash,
+            name=name,
+            version=version,
+            runtime=runtime,
+        )
+        self._line(line)
+        self._generators.append(line)
+        return line.number
+
+    def note_event(self, kind: str, **fields: object) -> None:
+        """Write down something that happened beside the frames: a worker died, restarted, ..."""
+        self._line(EventLine(time.time_ns(), kind, plain(fields)))
+
+    def counts(self) -> Counts:
+        """Outcomes so far, by the last record of every frame."""
+        return Counts.of(self._tally)
+
+    def close(self, *, complete: bool, expected_frames: int | None, note: str = "") -> Counts:
+        """Seal the run: cut shapes to what is there, write the seal, give the lock back.
+
+        It is sealed complete only if *complete* is said, every frame 0..n-1 (n: *expected_frames*
+        where known) has its raw plane, and none FAILED. Raises RunError where the seal could not be
+        written; what was acknowledged is there all the same.
+        """
+        counts = self.counts()
+        try:
+            self._journal.settle()
+            self._images.finish()
+            seal = SealLine(
+                wall_ns=time.time_ns(),
+                complete=complete and self._adds_up(expected_frames),
+                expected_frames=expected_frames,
+                saved=counts.saved,
+                failed=counts.failed,
+                note=plain(note),
+            )
+            self._journal.line(seal)
+        except OSError as error:
+            raise RunError(
+                f"{self.path}: not sealed ({_describe(error)}); it is incomplete"
+            ) from error
+        finally:
+            self._journal.close()
+        return counts
+
+    def _adds_up(self, expected_frames: int | None) -> bool:
+        received = max(self._raw, default=-1) + 1
+        wanted = received if expected_frames is None else expected_frames
+        return received == wanted == len(self._raw) and None not in self._raw.values()
+
+    def _place(self, frame: Frame, tags: Mapping[str, object]) -> tuple[FrameHeader, Pair, Place]:
+        """Check a frame, give it its slot, and write its line."""
+        header, pixels = _clean(frame.header), frame.pixels
+        if pixels.shape != header.shape or pixels.dtype.name != header.dtype:
+            raise RunError(
+                f"pixels are {pixels.dtype} {pixels.shape}, "
+                f"the header says {header.dtype} {header.shape}"
+            )
+        pair, place = self._placer.place(header)
+        header = msgspec.structs.replace(header, segment=pair.segment)
+        self._journal.frame(FrameLine(header, plain(tags)))
+        return header, pair, place
+
+    def _tell_pair(self, pair: Pair) -> None:
+        """Write down the pair where it is new or has a new channel."""
+        if self._channels_told.get(pair.number) == len(pair.channel_names):
+            return
+        line = PairLine(
+            pair=pair.number,
+            name=pair.name,
+            position=pair.position,
+            segment=pair.segment,
+            further=pair.further,
+            shape=pair.form.shape,
+            dtype=pair.form.dtype,
+            pixel_um=pair.form.pixel_um,
+            channels=pair.channel_names,
+        )
+        self._journal.line(line)
+        self._channels_told[pair.number] = len(pair.channel_names)
+
+    def _fail_raw(self, seq: int, reason: str) -> None:
+        self._journal.book(self._without_plane(seq, Kind.RAW, RawOutcome.FAILED, reason))
+        self._raw[seq] = None
+        self._tally[Kind.RAW, RawOutcome.FAILED] += 1
+
+    def _without_plane(self, seq: int, kind: Kind, outcome: int, reason: str) -> Record:
+        number = self._reasons.get(reason, len(self._reasons) + 1)
+        if reason not in self._reasons:
+            try:
+                self._journal.line(ReasonLine(number, plain(reason)))
+                self._reasons[reason] = number
+            except OSError:  # the outcome counts more than its reason
+                number = 0
+        return Record(seq, time.time_ns(), reason=number, kind=kind, outcome=outcome)
+
+    def _set_refocus(self, seq: int, outcome: RefocusOutcome) -> None:
+        if seq in self._refocus:
+            self._tally[Kind.REFOCUS, self._refocus[seq]] -= 1
+        self._refocus[seq] = outcome
+        self._tally[Kind.REFOCUS, outcome] += 1
+
+    def _require_open_answer(self, seq: int) -> None:
+        if self._refocus.get(seq) == RefocusOutcome.REFOCUSED:
+            raise RunError(f"frame {seq}: its refocused twin is on disk; it is never written again")
+
+    def _line(self, line: RunLine) -> None:
+        try:
+            self._journal.line(line)
+        except OSError as error:
+            raise RunError(
+                f"{self.path}: the journal takes no line ({_describe(error)})"
+            ) from error
+
+
+def _clean(header: FrameHeader) -> FrameHeader:
+    """The header with axis values that are whole numbers or text, and text that is UTF-8."""
+    axes = {
+        key: value if isinstance(value, int | str) else str(value)
+        for key, value in plain(header.axes).items()
+    }
+    return msgspec.structs.replace(
+        header, axes=axes, channel=plain(header.channel), camera=plain(header.camera)
+    )
+
+
+def _plain_info(info: RunInfo) -> RunInfo:
+    return msgspec.structs.replace(
+        info, settings=plain(info.settings), microscope=plain(info.microscope)
+    )
+
+
+def _describe(error: Exception) -> str:
+    return str(error) or type(error).__name__
