@@ -46,16 +46,32 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
+class Maker:
+    """Which generator made a plane, in which runtime."""
+
+    package_hash: str
+    name: str
+    version: str
+    runtime: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """A refocused plane (y, x) and how it came about."""
+
+    pixels: Pixels
+    clipped: int
+    maker: Maker
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of the refocusing of one frame. *pixels* and *model* only with REFOCUSED."""
+    """What became of the refocusing of one frame; the *plane* only with REFOCUSED."""
 
     seq: int
     outcome: RefocusOutcome
     reason: str = ""
-    pixels: Pixels | None = None
-    clipped: int = 0
-    model: str = ""
-    runtime: str = ""
+    plane: Plane | None = None
 
 
 Note = Callable[[RunWriter], object]
@@ -143,7 +159,7 @@ class Intake:
 
     def answer(self, answer: Answer) -> None:
         """Link's thread. Tells the writer what became of a frame's refocusing."""
-        self._planes_in += answer.pixels is not None
+        self._planes_in += answer.plane is not None
         self._queue.put(answer)
 
     def note(self, note: Note) -> None:
@@ -163,7 +179,7 @@ class Intake:
             if item is None and self._deferred:
                 self._queue.put(None)
                 return self._deferred.popleft()
-            if isinstance(item, Answer) and item.pixels is not None and self.waiting_bytes > 0:
+            if isinstance(item, Answer) and item.plane is not None and self.waiting_bytes > 0:
                 self._deferred.append(item)
                 continue
             return item

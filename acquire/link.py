@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 import zmq
 
 from acquire.admission import Admission
-from acquire.intake import Answer, Intake
+from acquire.intake import Answer, Intake, Maker, Plane
 from engine.package import Package
 from engine.scaling import Scaling
 from refocus import wire
@@ -46,6 +46,7 @@ class _Peer:
     """One introduced worker."""
 
     hello: wire.Hello
+    maker: Maker
     identity: bytes
     seen_ns: int
     progress_ns: int
@@ -203,7 +204,9 @@ class Link:
             self._send(identity, wire.Bye(epoch=hello.epoch))
             return
         now_ns = time.monotonic_ns()
-        self._peers[hello.epoch] = _Peer(hello, identity, seen_ns=now_ns, progress_ns=now_ns)
+        manifest = self._package.manifest
+        maker = Maker(hello.model, manifest.name, manifest.version, hello.runtime)
+        self._peers[hello.epoch] = _Peer(hello, maker, identity, seen_ns=now_ns, progress_ns=now_ns)
         self._note("worker_ready", pid=hello.pid, runtime=hello.runtime)
         self._ready.set()
 
@@ -214,16 +217,8 @@ class Link:
             wanted = f"wanted {sent.shape} {sent.dtype}"
             self._answer(sent, RefocusOutcome.FAILED, f"{reason}, {wanted}")
             return
-        self._intake.answer(
-            Answer(
-                result.seq,
-                RefocusOutcome.REFOCUSED,
-                pixels=pixels,
-                clipped=result.clipped,
-                model=peer.hello.model,
-                runtime=peer.hello.runtime,
-            )
-        )
+        plane = Plane(pixels, result.clipped, peer.maker)
+        self._intake.answer(Answer(result.seq, RefocusOutcome.REFOCUSED, plane=plane))
 
     def _fault(self, peer: _Peer, fault: wire.Fault) -> None:
         sent = self._settle(peer, fault.seq)

@@ -2,7 +2,8 @@
 
 A worker may die at any time; it is started again after a pause that grows from 0.5 s to 30 s, and
 back to 0.5 s once one has lived for a minute. Five deaths within a minute mean that something is
-wrong which a restart does not mend: recording goes on raw only, and that is said.
+wrong which a restart does not mend, and so does exit code 2 (a setting, a model package): recording
+goes on raw only, and that is said.
 
 The worker's standard input is a pipe from here: when this process dies, however it dies, the pipe
 closes and the worker leaves. Its output goes to a log file, whose last lines explain a death.
@@ -28,7 +29,9 @@ FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
 LIVED_S = 60.0
 MOST_DEATHS = 5
-STOP_S = 3.0
+CANNOT_START = 2
+"""Exit code of a worker that would fail again: wrong settings, unusable model package."""
+STOP_S = 1.5
 """How long a worker that was asked to stop may take before it is killed."""
 
 
@@ -88,16 +91,10 @@ class Supervisor:
             now = time.monotonic()
             deaths.append(now)
             self._on_event("worker_died", {"exit_code": code, "last_words": self._last_words()})
-            if len(deaths) == MOST_DEATHS and now - deaths[0] < LIVED_S:
+            hopeless = len(deaths) == MOST_DEATHS and now - deaths[0] < LIVED_S
+            if hopeless or code == CANNOT_START:
                 self.gave_up.set()
-                self._on_event("worker_given_up", {"deaths": MOST_DEATHS, "within_s": LIVED_S})
-                log.error(
-                    "the worker died %d times within %g s: recording goes on without refocusing. "
-                    "Why it died stands in %s",
-                    MOST_DEATHS,
-                    LIVED_S,
-                    self._log_path,
-                )
+                self._on_event("worker_given_up", {"last_words": self._last_words()})
                 return
             if now - started > LIVED_S:
                 pause_s = FIRST_PAUSE_S

@@ -1,0 +1,118 @@
+"""The writer's thread: takes what the intake holds, in order, and puts it into the run on disk.
+
+It is the only thread that touches the run. A raw frame is acknowledged when its write and its
+journal record are done. A frame that cannot be written is booked FAILED, the reason is told once,
+and the thread goes on: the next frame may be writable, and the journal must hear of every one.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import astuple
+
+from acquire.intake import Answer, Arrival, Intake, Item, Plane, Refused
+from refocus import status
+from refocus.errors import RefocusError
+from refocus.frame import RefocusOutcome
+from store.writer import Provenance, RunWriter
+
+MAX_LATENCIES = 100_000
+"""Hook-to-disk times kept for the percentiles, the latest ones."""
+NO_RAW = "no raw frame was saved"
+
+
+class Writing:
+    """Drains *intake* into *run* until the intake is closed.
+
+    From this thread: *on_raw_failure(reason)* for a raw frame that could not be saved,
+    *on_trouble(reason)* for anything else that went wrong.
+    """
+
+    def __init__(
+        self,
+        run: RunWriter,
+        intake: Intake,
+        on_raw_failure: Callable[[str], None],
+        on_trouble: Callable[[str], None],
+    ) -> None:
+        self._run = run
+        self._intake = intake
+        self._on_raw_failure = on_raw_failure
+        self._on_trouble = on_trouble
+        self._unsaved: set[int] = set()
+        self._hook_times_ns: dict[int, int] = {}  # of frames whose refocusing has no answer yet
+        self._latencies_ns: deque[int] = deque(maxlen=MAX_LATENCIES)
+        self.first_frame_ns = 0
+        self.last_frame_ns = 0
+        self._thread = threading.Thread(target=self._work, name="refocus-writer")
+        self._thread.start()
+
+    def join(self) -> None:
+        """Waits until all is written; the intake must have been closed."""
+        self._thread.join()
+
+    @property
+    def unanswered(self) -> int:
+        """Raw frames taken whose refocusing has no outcome yet."""
+        return len(self._hook_times_ns)
+
+    def latency(self) -> status.Latency | None:
+        """Percentiles from the hook to the refocused plane on disk."""
+        return status.latency(self._latencies_ns.copy())
+
+    def _work(self) -> None:
+        while (item := self._intake.take()) is not None:
+            try:
+                self._put(item)
+            except Exception as error:  # noqa: BLE001 - one plane must not cost all that follow
+                known = isinstance(error, RefocusError | OSError)
+                self._on_trouble(str(error) if known else repr(error))
+
+    def _put(self, item: Item) -> None:
+        match item:
+            case Arrival():
+                self._raw(item)
+            case Refused(seq=seq, reason=reason):
+                self._run.book_raw_failed(seq, reason)
+                self._run.book_refocus(seq, RefocusOutcome.FAILED, NO_RAW)
+            case Answer():
+                self._answer(item)
+            case _:
+                item(self._run)
+
+    def _raw(self, arrival: Arrival) -> None:
+        header = arrival.frame.header
+        self._hook_times_ns[header.seq] = header.hook_time_ns
+        self.first_frame_ns = self.first_frame_ns or header.hook_time_ns
+        self.last_frame_ns = header.hook_time_ns
+        try:
+            self._run.write_raw(arrival.frame, arrival.tags)
+        except (RefocusError, OSError) as error:
+            self._unsaved.add(header.seq)
+            self._on_raw_failure(str(error))
+        finally:
+            self._intake.written(arrival)
+
+    def _answer(self, answer: Answer) -> None:
+        # 0: the second answer for this frame, LATE after LOST.
+        hook_time_ns = self._hook_times_ns.pop(answer.seq, 0)
+        if answer.plane is None:
+            self._run.book_refocus(answer.seq, answer.outcome, answer.reason)
+            return
+        try:
+            if answer.seq in self._unsaved:
+                self._run.book_refocus(answer.seq, RefocusOutcome.FAILED, NO_RAW)
+            else:
+                self._refocused(answer.seq, answer.plane, hook_time_ns)
+        finally:
+            self._intake.plane_written()
+
+    def _refocused(self, seq: int, plane: Plane, hook_time_ns: int) -> None:
+        made = Provenance(
+            generator=self._run.note_generator(*astuple(plane.maker)),
+            latency_ns=time.monotonic_ns() - hook_time_ns,
+            clipped=plane.clipped,
+        )
+        self._run.write_refocused(seq, plane.pixels, made)
+        self._latencies_ns.append(time.monotonic_ns() - hook_time_ns)

@@ -1,0 +1,44 @@
+"""`refocus`: parse, run one command, turn what it raises into one line and an exit code.
+
+Exit codes: 0 ok, 1 findings or lost frames, 2 usage or settings, 3 stopped by the disk guard,
+4 locked by another writer, 130 interrupted.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from refocus.cli import apply, bench, demo, runs, train
+from refocus.errors import RefocusError
+from refocus.settings import user_config_path
+
+INTERRUPTED = 130
+DESCRIPTION = "Refocuses microscope frames while the acquisition runs, beside Micro-Manager."
+EPILOG = f"""\
+Settings are read from --config FILE, ./config.toml, or {user_config_path()}, whichever comes first.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    logging.basicConfig(format="refocus: %(message)s", level=logging.WARNING)
+    parser = argparse.ArgumentParser(prog="refocus", description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument("--version", action="version", version=f"refocus {version('refocus')}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for group in (demo, runs, apply, bench, train):
+        group.register(subparsers)
+    arguments = parser.parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except RefocusError as error:
+        print(f"refocus: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("refocus: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""No thread and no process outlives a test; the data folder comes from REFOCUS_DATA."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+GRACE_S = 5.0
+"""What is on its way out may take so long; what is still there afterwards has leaked."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fails a test that leaves a thread or a child process."""
+    threads = set(threading.enumerate())
+    processes = set(psutil.Process().children(recursive=True))
+    yield
+    deadline = time.monotonic() + GRACE_S
+    while (left := _left(threads, processes)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not left, f"left behind: {left}"
+
+
+def _left(threads: set[threading.Thread], processes: set[psutil.Process]) -> list[str]:
+    # zarr's event loop, and the thread with which pyzmq gives back zero-copy buffers, are made once
+    # and belong to the process.
+    new_threads = [
+        thread.name
+        for thread in threading.enumerate()
+        if thread not in threads
+        and not thread.name.startswith(("zarr", "asyncio"))
+        and type(thread).__name__ != "GarbageCollectorThread"
+    ]
+    new_processes = [
+        repr(child) for child in psutil.Process().children(recursive=True) if child not in processes
+    ]
+    return new_threads + new_processes
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """Folder of the real stacks (docs/data.md says where each can be had)."""
+    folder = os.environ.get("REFOCUS_DATA")
+    if not folder:
+        pytest.skip("REFOCUS_DATA is not set: no real image data here")
+    return Path(folder)

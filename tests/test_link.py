@@ -1,0 +1,333 @@
+"""Every frame given to the branch gets exactly one answer, whatever happens to the worker.
+
+All workers here are real processes with a real runtime; they are killed, stopped, thawed and hung.
+"""
+
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import zmq
+
+from acquire.engine_side import EngineSide, start_engine
+from acquire.intake import Answer, Arrival, Intake
+from engine.package import Package
+from refocus import wire
+from refocus.frame import Frame, FrameHeader, Pixels, RefocusOutcome
+from refocus.settings import EngineSettings, LinkSettings, Settings
+from tests import hanging_package, identity_package
+
+SHAPE = (64, 96)
+RNG = np.random.default_rng(1)
+
+
+def settings(package: Package, **engine: int) -> Settings:
+    return Settings(
+        engine=EngineSettings(runtime="openvino", generator=str(package.folder), **engine),
+        link=LinkSettings(beat_ms=100),
+    )
+
+
+class Branch:
+    """The branch alone: an intake, an engine, and the writer's place taken by the test."""
+
+    def __init__(self, chosen: Settings, folder: Path) -> None:
+        (folder / "journal").mkdir(parents=True)
+        self.intake = Intake(raw_queue_bytes=2**30, raw_stall_ms=0, slot_frames=4)
+        self.trouble: list[str] = []
+        started = start_engine(chosen, self.intake, folder, None, self.trouble.append)
+        assert started is not None
+        self.engine: EngineSide = started
+        self.answers: dict[int, list[Answer]] = {}
+        self.pixels: dict[int, Pixels] = {}
+        self.seq = 0
+
+    def send(self, pixels: Pixels | None = None, **header: object) -> int:
+        if pixels is None:
+            pixels = RNG.integers(100, 4000, SHAPE, dtype=np.uint16)
+        built = FrameHeader(
+            run="r",
+            seq=self.seq,
+            axes={"time": self.seq},
+            shape=pixels.shape,
+            dtype=str(pixels.dtype),
+            hook_time_ns=time.monotonic_ns(),
+            **header,  # type: ignore[arg-type]
+        )
+        self.pixels[self.seq] = pixels
+        assert self.intake.put(Arrival(Frame(built, pixels), {}))
+        self.seq += 1
+        return self.seq - 1
+
+    def drain(self, done: Callable[[], bool], limit_s: float = 20.0) -> None:
+        """Plays the writer until *done*."""
+        deadline = time.monotonic() + limit_s
+        while not done():
+            assert time.monotonic() < deadline, (self.outcomes(), self.trouble)
+            while not self.intake._queue.empty():
+                self._take()
+            time.sleep(0.005)
+
+    def _take(self) -> None:
+        item = self.intake.take()
+        if isinstance(item, Arrival):
+            self.intake.written(item)
+        elif isinstance(item, Answer):
+            self.answers.setdefault(item.seq, []).append(item)
+            if item.plane is not None:
+                self.intake.plane_written()
+
+    def answered(self, *seqs: int) -> Callable[[], bool]:
+        return lambda: all(seq in self.answers for seq in seqs)
+
+    def outcomes(self) -> Counter[str]:
+        return Counter(given[-1].outcome.name for given in self.answers.values())
+
+    def ready(self) -> int:
+        """Waits for a worker and returns its process id."""
+        self.drain(
+            lambda: self.engine.link.wait_ready(0.01) and self.engine.supervisor.pid is not None
+        )
+        assert self.engine.supervisor.pid is not None
+        return self.engine.supervisor.pid
+
+    def close(self) -> None:
+        self.engine.close()
+        self.intake.close()
+        self.drain(lambda: set(self.answers) == set(range(self.seq)))
+
+
+@pytest.fixture
+def branch(tmp_path: Path) -> Iterator[Callable[..., Branch]]:
+    opened: list[Branch] = []
+
+    def open_branch(package: Package | None = None, **engine: int) -> Branch:
+        package = package or identity_package.make(tmp_path / "negated", answer="negated")
+        opened.append(Branch(settings(package, **engine), tmp_path / f"run{len(opened)}"))
+        return opened[-1]
+
+    yield open_branch
+    for one in opened:
+        one.close()
+
+
+def test_every_frame_comes_back_as_its_own_answer(branch: Callable[..., Branch]) -> None:
+    b = branch()
+    b.ready()
+    for _ in range(12):
+        seq = b.send()
+        b.drain(b.answered(seq))
+    assert b.outcomes() == {"REFOCUSED": 12}
+    offset = None
+    for seq, (answer,) in b.answers.items():
+        # The network answers -x, so counts are mirrored about the channel's one offset.
+        assert answer.plane is not None
+        mirror = (answer.plane.pixels.astype(float) + b.pixels[seq]) / 2
+        inside = (answer.plane.pixels > 0) & (answer.plane.pixels < 65_535)
+        offset = offset or float(np.median(mirror[inside]))
+        assert np.abs(mirror[inside] - offset).max() <= 16, "bfloat16 keeps 8 bits of 4000 counts"
+        assert answer.plane.clipped == np.count_nonzero(~inside)
+
+
+def test_a_flood_is_skipped_not_queued(branch: Callable[..., Branch]) -> None:
+    b = branch()
+    b.ready()
+    sent = [b.send() for _ in range(200)]
+    b.drain(b.answered(*sent))
+    counted = b.outcomes()
+    assert sum(counted.values()) == 200
+    assert set(counted) == {"REFOCUSED", "SKIPPED"}
+    assert all(len(given) == 1 for given in b.answers.values())
+    assert b.answers[sent[-1]][0].outcome is RefocusOutcome.REFOCUSED, "the newest goes first"
+
+
+def test_what_the_generator_must_not_touch_is_rejected(branch: Callable[..., Branch]) -> None:
+    b = branch()
+    b.ready()
+    rejected = {
+        "float32": b.send(np.ones(SHAPE, np.float32)),
+        "0.05 to 2": b.send(pixel_um=6.5),
+        "flat": b.send(np.full(SHAPE, 7, np.uint16), channel="empty"),
+    }
+    good = b.send()
+    b.drain(b.answered(good, *rejected.values()))
+    for words, seq in rejected.items():
+        assert b.answers[seq][0].outcome is RefocusOutcome.REJECTED
+        assert words in b.answers[seq][0].reason
+    assert b.answers[good][0].outcome is RefocusOutcome.REFOCUSED
+
+
+def test_any_shape_passes(branch: Callable[..., Branch]) -> None:
+    b = branch()
+    b.ready()
+    for shape in ((521, 697), (2047, 1), (1, 1), (48, 32)):
+        seq = b.send(RNG.integers(0, 255, shape, dtype=np.uint8) if shape != (1, 1) else None)
+        b.drain(b.answered(seq))
+        assert b.answers[seq][0].outcome is RefocusOutcome.REFOCUSED, b.answers[seq]
+
+
+def test_rubbish_from_the_network_never_leaves_the_engine(
+    branch: Callable[..., Branch], tmp_path: Path
+) -> None:
+    b = branch(identity_package.make(tmp_path / "nan", answer="nan"))
+    b.ready()
+    seq = b.send()
+    b.drain(b.answered(seq))
+    assert b.answers[seq][0].outcome is RefocusOutcome.FAILED
+    assert "non-finite" in b.answers[seq][0].reason
+
+
+def lives_on(b: Branch, pid: int) -> None:
+    """A new worker has taken over and refocuses."""
+    b.drain(lambda: b.engine.supervisor.pid not in (None, pid))
+    b.ready()
+    seq = b.send()
+    b.drain(b.answered(seq))
+    assert b.answers[seq][-1].outcome is RefocusOutcome.REFOCUSED
+
+
+def kills(branch: Callable[..., Branch], how: signal.Signals, times: int) -> None:
+    b = branch()
+    for _ in range(times):
+        pid = b.ready()
+        sent = [b.send() for _ in range(3)]
+        os.kill(pid, how)
+        sent += [b.send() for _ in range(3)]
+        b.drain(b.answered(*sent))
+        lives_on(b, pid)
+    assert set(b.outcomes()) <= {"REFOCUSED", "SKIPPED", "LOST"}
+    assert all(len(given) == 1 for given in b.answers.values())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda s: s.name)
+def test_a_dead_or_stopped_worker_is_replaced(
+    branch: Callable[..., Branch], how: signal.Signals
+) -> None:
+    kills(branch, how, times=2)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_worker_is_killed_again_and_again(branch: Callable[..., Branch]) -> None:
+    kills(branch, signal.SIGKILL, times=4)  # five deaths within a minute are the limit
+
+
+def test_a_hung_worker_is_noticed_and_killed(branch: Callable[..., Branch], tmp_path: Path) -> None:
+    b = branch(
+        hanging_package.make(tmp_path / "hanging"), frame_timeout_ms=500, warmup_timeout_ms=1500
+    )
+    pid = b.ready()
+    seq = b.send()
+    b.drain(b.answered(seq))
+    assert b.answers[seq][0].outcome is RefocusOutcome.LOST
+    assert "hung" in b.answers[seq][0].reason
+    b.drain(lambda: b.engine.supervisor.pid not in (None, pid))
+
+
+def test_a_thawed_worker_s_answer_is_late_and_it_introduces_itself_again(
+    branch: Callable[..., Branch],
+) -> None:
+    """A frozen worker on another host cannot be killed from here: it thaws and answers."""
+    b = branch()
+    b.ready()
+    hello = wire.Hello(
+        epoch="guest",
+        secret=b.engine.link._secret,
+        pid=2**22 + 1,  # no process of ours: the supervisor leaves it alone
+        model=b.engine.package.hash,
+        runtime="test",
+        credit=8,  # more than the real worker's, so that frames come here first
+    )
+    context = zmq.Context()
+    try:
+        with context.socket(zmq.DEALER) as guest:
+            guest.linger = 0
+            guest.connect(b.engine.link.address)
+            guest.send_multipart(wire.encode(hello))
+            b.drain(lambda: b.engine.link.workers == 2)
+            seq = b.send()
+            assert guest.poll(5000)
+            job, _ = wire.decode(guest.recv_multipart())
+            assert isinstance(job, wire.Job)
+            assert job.frame.seq == seq
+            b.drain(b.answered(seq))  # silent: given up
+            assert b.answers[seq][-1].outcome is RefocusOutcome.LOST
+            fault = wire.Fault(epoch="guest", seq=seq, reason="thawed")
+            guest.send_multipart(wire.encode(fault))
+            b.drain(lambda: len(b.answers[seq]) == 2)
+            assert b.answers[seq][-1].outcome is RefocusOutcome.LATE
+            guest.send_multipart(wire.encode(fault))  # a second time it is nothing at all
+            guest.send_multipart(wire.encode(wire.Beat(epoch="guest")))
+            assert guest.poll(5000)
+            assert wire.decode(guest.recv_multipart())[0] == wire.Renew(epoch="guest")
+            assert len(b.answers[seq]) == 2
+            renewed = msgspec.structs.replace(hello, epoch="guest again")
+            guest.send_multipart(wire.encode(renewed))
+            b.drain(lambda: b.engine.link.workers == 2)
+    finally:
+        context.term()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"secret": "guessed"}, "secret"),
+        ({"protocol": 99}, "protocol"),
+        ({"model": "0" * 64}, "generator"),
+    ],
+)
+def test_a_stranger_gets_no_frame(
+    branch: Callable[..., Branch],
+    caplog: pytest.LogCaptureFixture,
+    change: dict[str, object],
+    words: str,
+) -> None:
+    b = branch()
+    good = wire.Hello(
+        epoch="stranger",
+        secret=b.engine.link._secret,
+        pid=1,
+        model=b.engine.package.hash,
+        runtime="test",
+        credit=8,
+    )
+    context = zmq.Context()
+    try:
+        with context.socket(zmq.DEALER) as stranger:
+            stranger.linger = 0
+            stranger.connect(b.engine.link.address)
+            stranger.send_multipart([b"FRAME", b"rubbish"])
+            stranger.send_multipart(wire.encode(msgspec.structs.replace(good, **change)))
+            assert stranger.poll(5000)
+            assert wire.decode(stranger.recv_multipart())[0] == wire.Bye(epoch="stranger")
+            b.ready()
+            seq = b.send()
+            b.drain(b.answered(seq))
+            assert not stranger.poll(0)
+    finally:
+        context.term()
+    assert words in caplog.text
+
+
+def test_a_worker_that_cannot_start_is_not_tried_for_ever(
+    branch: Callable[..., Branch], tmp_path: Path
+) -> None:
+    package = identity_package.make(tmp_path / "damaged")
+    b = branch(package)
+    b.ready()
+    pid = b.engine.supervisor.pid
+    (package.folder / "generator.onnx").write_bytes(b"damaged after the start")
+    assert pid is not None
+    os.kill(pid, signal.SIGTERM)
+    b.drain(b.engine.supervisor.gave_up.is_set)
+    assert any("altered" in line for line in b.trouble), b.trouble
+    seq = b.send()  # nobody is left to take it
+    b.close()
+    assert b.answers[seq][-1].outcome is RefocusOutcome.SKIPPED
