@@ -208,12 +208,17 @@ def unfit(manifest: Manifest, header: FrameHeader) -> str | None:
 
     An unknown pixel size is let through: who runs the generator says so once per run.
     """
-    if header.dtype not in ("uint8", "uint16"):
-        return f"pixels are {header.dtype}; only uint8 and uint16 are refocused"
+    return unfit_pixels(manifest, header.dtype, header.pixel_um)
+
+
+def unfit_pixels(manifest: Manifest, dtype: str, pixel_um: float | None) -> str | None:
+    """`unfit` for pixels that no camera's header describes (files)."""
+    if dtype not in ("uint8", "uint16"):
+        return f"pixels are {dtype}; only uint8 and uint16 are refocused"
     lowest, highest = manifest.pixel_um
-    if header.pixel_um is not None and not lowest <= header.pixel_um <= highest:
+    if pixel_um is not None and not lowest <= pixel_um <= highest:
         return (
-            f"pixel size {header.pixel_um:g} um is outside {lowest:g} to {highest:g} um, "
+            f"pixel size {pixel_um:g} um is outside {lowest:g} to {highest:g} um, "
             f"the range of generator {manifest.name!r}"
         )
     return None
