@@ -13,6 +13,7 @@ import faulthandler
 import importlib
 import inspect
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -34,6 +35,7 @@ def run_in_core(function: Callable[..., Any], *args: Any, timeout_s: float = 60.
     done = subprocess.run(
         [*command, module.stem, json.dumps(args)],
         cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=timeout_s + 10,
@@ -69,5 +71,4 @@ def _child(timeout_s: str, name: str, module: str, args: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(REPOSITORY))
     _child(*sys.argv[1:])
