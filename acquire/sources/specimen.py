@@ -16,7 +16,7 @@ times as fast as Poisson numbers.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,12 +95,15 @@ class Specimen:
         self._side_px = fft.next_fast_len(round(FIELD_SHARE * size_px), real=True)
         steps = math.ceil(z_range_um / GRID_STEP_UM)
         self._first_z_um = -steps * GRID_STEP_UM
-        self._planes = {}
-        for index, (channel, stain) in enumerate(STAINS.items()):
-            done = index / len(STAINS)
-            self._planes[channel] = self._render(channel, stain, 2 * steps + 1)
-            if progress is not None:
-                progress(done + 1 / len(STAINS))
+        self._planes: dict[str, list[Image]] = {}
+        count = 2 * steps + 1
+        for done, (channel, stain) in enumerate(STAINS.items()):
+            planes: list[Image] = []
+            for plane in self._render(channel, stain, count):
+                planes.append(plane)
+                if progress is not None:
+                    progress((done + len(planes) / count) / len(STAINS))
+            self._planes[channel] = _exposed(planes, stain)
 
     def image(
         self, channel: str, z_um: float, x_um: float, y_um: float, frame_index: int
@@ -143,19 +146,17 @@ class Specimen:
         between += np.float32(weight) * (window(planes[below + 1]) - between)
         return between
 
-    def _render(self, channel: str, stain: Stain, count: int) -> list[Image]:
-        """All planes of one channel, photons per pixel, each (side, side)."""
+    def _render(self, channel: str, stain: Stain, count: int) -> Iterator[Image]:
+        """The planes of one channel from the lowest z up, each (side, side), in any unit."""
         optics = Optics(
             na=NA, immersion_index=1.0, wavelength_um=stain.emission_um, pixel_um=PIXEL_UM
         )
-        layers = _draw(channel, self._side_px, self._seed)
-        spectra = [fft.rfft2(layer) for layer in layers]
+        spectra = [fft.rfft2(layer) for layer in _draw(channel, self._side_px, self._seed)]
         reach = len(LAYERS_UM) // 2
         transfer = {
             step: self._transfer(optics, self._first_z_um + step * GRID_STEP_UM)
             for step in range(-reach, reach)
         }
-        planes: list[Image] = []
         for step in range(count):
             newest = step + reach
             transfer[newest] = self._transfer(optics, self._first_z_um + newest * GRID_STEP_UM)
@@ -163,15 +164,8 @@ class Specimen:
             for place, spectrum in enumerate(spectra, start=-reach):
                 # The layer at depth d is z - d from focus when the stage is z from it.
                 picture += spectrum * transfer[step - place]
-            planes.append(fft.irfft2(picture, (self._side_px, self._side_px)))
+            yield fft.irfft2(picture, (self._side_px, self._side_px))
             del transfer[step - reach]
-        bright = np.percentile(planes[count // 2], 99.5)
-        for plane in planes:
-            plane *= np.float32(stain.photons / bright)
-            plane += np.float32(BACKGROUND_PHOTONS)
-            # FFT rounding leaves tiny negative values where there is no light.
-            np.maximum(plane, np.float32(BACKGROUND_PHOTONS), out=plane)
-        return planes
 
     def _transfer(self, optics: Optics, z_um: float) -> npt.NDArray[np.complex64]:
         """Optical transfer function at *z_um* on the field's own (periodic) grid."""
@@ -182,6 +176,17 @@ class Specimen:
         np.add.at(field, (place[:, None], place[None, :]), kernel)
         spectrum: npt.NDArray[np.complex64] = fft.rfft2(field)
         return spectrum
+
+
+def _exposed(planes: list[Image], stain: Stain) -> list[Image]:
+    """*planes* in photons per pixel: as bright as the stain in focus, with background light."""
+    bright = np.percentile(planes[len(planes) // 2], 99.5)
+    for plane in planes:
+        plane *= np.float32(stain.photons / bright)
+        plane += np.float32(BACKGROUND_PHOTONS)
+        # FFT rounding leaves tiny negative values where there is no light.
+        np.maximum(plane, np.float32(BACKGROUND_PHOTONS), out=plane)
+    return planes
 
 
 def _draw(channel: str, side_px: int, seed: int) -> list[Image]:
