@@ -47,8 +47,13 @@ AxisValue = int | str
 
 
 def journal_dir(run: Path) -> Path:
-    """Folder of the journal: a folder with one is a run."""
+    """Folder of the journal."""
     return run / "journal"
+
+
+def is_run(path: Path) -> bool:
+    """Whether *path* is a run's folder, whatever state the run is in."""
+    return journal_dir(path).is_dir()
 
 
 def image_dir(run: Path, image: int) -> Path:

@@ -95,19 +95,22 @@ class PlaneArray:
         return stored
 
     def read(self, t: int, c: int, z: int) -> Pixels | None:
-        """The plane (y, x) at these indices, None where there is none. A torn one: RunError."""
+        """The plane (y, x) at these indices, None where there is none.
+
+        Raises RunError for one that is torn, or outside the shape, where no other program sees it.
+        """
+        if not (t < self.shape[0] and c < self.shape[1] and z < self.shape[2]):
+            raise RunError(f"{self._folder}: shape {self.shape} does not hold t{t}/c{c}/z{z}")
         buffer = self._store.get_sync(_key(t, c, z), prototype=default_buffer_prototype())
         if buffer is None:
             return None
-        content = buffer.to_bytes()
+        content: Pixels = np.asarray(buffer.as_numpy_array())
         shape = self.shape[3:]
         wanted = shape[0] * shape[1] * self._dtype.itemsize
-        if len(content) != wanted:
+        if content.nbytes != wanted:
             path = self._folder / _key(t, c, z)
-            raise RunError(
-                f"{path}: {len(content)} bytes where a plane has {wanted}; it is damaged"
-            )
-        return np.frombuffer(content, dtype=self._dtype).reshape(shape)
+            raise RunError(f"{path}: {content.nbytes} bytes, a plane has {wanted}; it is damaged")
+        return content.view(self._dtype).reshape(shape)
 
     def _reshape(self, lengths: tuple[int, int, int]) -> None:
         grown = self._metadata | {"shape": [*lengths, *self._metadata["shape"][3:]]}

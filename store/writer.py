@@ -89,19 +89,7 @@ class RunWriter:
             header, pair, place = self._place(frame, tags)
             stored = self._images.write_raw(pair, place, header, frame.pixels)
             self._tell_pair(pair)
-            self._journal.acknowledge(
-                Record(
-                    seq=seq,
-                    wall_ns=time.time_ns(),
-                    image=place.raw_image,
-                    t=place.t,
-                    c=place.c,
-                    z=place.z,
-                    plane_crc32c=crc32c(stored),
-                    kind=Kind.RAW,
-                    outcome=RawOutcome.SAVED,
-                )
-            )
+            self._journal.acknowledge(_saved(seq, Kind.RAW, RawOutcome.SAVED, place, stored))
         except Exception as error:  # whatever it was, no frame may vanish unbooked
             self._fail_raw(seq, _describe(error))
             raise RunError(f"frame {seq}: not saved: {_describe(error)}") from error
@@ -129,20 +117,12 @@ class RunWriter:
                     f"raw is {form.dtype} {form.shape}"
                 )
             stored = self._images.write_refocused(place, pixels)
+            record = _saved(seq, Kind.REFOCUS, RefocusOutcome.REFOCUSED, place, stored)
             self._journal.acknowledge(
-                Record(
-                    seq=seq,
-                    wall_ns=time.time_ns(),
+                record._replace(
                     latency_ns=made.latency_ns,
-                    image=place.refocused_image,
-                    t=place.t,
-                    c=place.c,
-                    z=place.z,
-                    plane_crc32c=crc32c(stored),
                     clipped=min(made.clipped, MAX_CLIPPED),
                     generator=made.generator,
-                    kind=Kind.REFOCUS,
-                    outcome=RefocusOutcome.REFOCUSED,
                 )
             )
         except Exception as error:  # whatever it was, it ends in an outcome
@@ -290,6 +270,21 @@ class RunWriter:
             raise RunError(
                 f"{self.path}: the journal takes no line ({_describe(error)})"
             ) from error
+
+
+def _saved(seq: int, kind: Kind, outcome: int, place: Place, stored: Pixels) -> Record:
+    """Record of a plane that is on disk."""
+    return Record(
+        seq=seq,
+        wall_ns=time.time_ns(),
+        image=place.raw_image if kind == Kind.RAW else place.refocused_image,
+        t=place.t,
+        c=place.c,
+        z=place.z,
+        plane_crc32c=crc32c(stored),
+        kind=kind,
+        outcome=outcome,
+    )
 
 
 def _clean(header: FrameHeader) -> FrameHeader:

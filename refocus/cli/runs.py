@@ -1,0 +1,61 @@
+"""Commands about runs on disk: `refocus check`.
+
+Exit codes: 0 everything acknowledged is there, 1 something is wrong, 2 no run at this path.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from refocus.errors import SettingsError
+
+if TYPE_CHECKING:
+    from store.check import Report
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the commands of this file."""
+    check = subparsers.add_parser(
+        "check",
+        help="read a run back and hold every plane against the journal's checksums",
+        description="Read a run back, live, killed or sealed. Nothing is written.",
+    )
+    check.add_argument("path", metavar="RUN", type=Path, help="the run's folder")
+    check.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    check.set_defaults(run=_check)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from store.check import check
+    from store.layout import is_run
+
+    path: Path = arguments.path
+    if not is_run(path):
+        raise SettingsError(f"{path}: not a run (it has no folder journal); give a run's folder")
+    report = check(path, _show_progress) if sys.stderr.isatty() else check(path)
+    print(json.dumps(report.as_json()) if arguments.json else _summary(path, report))
+    return 1 if report.findings else 0
+
+
+def _show_progress(done: int, total: int) -> None:
+    end = "\n" if done == total else ""
+    print(f"\r{done} of {total} planes read", end=end, file=sys.stderr, flush=True)
+
+
+def _summary(path: Path, report: "Report") -> str:
+    raw, counts = report.raw, report.counts
+    valid = {True: "yes", False: "no", None: "not checked"}[report.valid_ome_zarr]
+    lines = [
+        f"{path}: {report.state}",
+        f"  raw        {raw.acknowledged} saved, {raw.readable} read back unchanged, "
+        f"{raw.damaged} damaged; {counts.failed} failed",
+        f"  refocused  {counts.refocused}; skipped {counts.skipped}, late {counts.late}, "
+        f"lost {counts.lost}, rejected {counts.rejected}, failed {counts.refocus_failed}",
+        f"  generator  {report.generator or 'none'}",
+        f"  valid OME-Zarr: {valid}",
+    ]
+    lines += [f"  found: {finding}" for finding in report.findings]
+    lines += [f"  note: {remark}" for remark in report.remarks]
+    return "\n".join(lines)

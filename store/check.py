@@ -1,0 +1,174 @@
+"""Reads a whole run back and says what of it can be trusted. Read-only.
+
+Every acknowledged plane is read and held against the checksum in its record, every record against
+its own. Whether the folder is a valid OME-Zarr is left to yaozarrs, whose opinion is worth
+something because nobody here wrote it; without it installed (a test dependency) the answer is
+"not known", never a guess of our own.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from refocus.errors import RunError
+from refocus.frame import RawOutcome, RefocusOutcome
+from store.journal import SealLine
+from store.reader import FrameEntry, Run, State, open_run
+from store.records import Counts, Kind
+
+Progress = Callable[[int, int], None]
+"""Called with (planes read, planes to read)."""
+
+
+class RawCheck(msgspec.Struct, frozen=True, kw_only=True):
+    """Raw planes; acknowledged = readable + damaged."""
+
+    acknowledged: int
+    readable: int
+    damaged: int
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """What `check` found."""
+
+    state: State
+    raw: RawCheck
+    counts: Counts
+    generator: str | None
+    """The generators that made the refocused planes, "name version (start of package hash)"."""
+    valid_ome_zarr: bool | None
+    """None where it is not known: no plane yet, or no validator installed."""
+    findings: tuple[str, ...]
+    """What is wrong, in words; empty where nothing is."""
+    remarks: tuple[str, ...]
+    """What is worth knowing and is not wrong."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that `refocus check --json` prints."""
+        counts = self.counts
+        return {
+            "state": str(self.state),
+            "raw": msgspec.to_builtins(self.raw),
+            "refocus": {
+                "refocused": counts.refocused,
+                "skipped": counts.skipped,
+                "late": counts.late,
+                "lost": counts.lost,
+                "rejected": counts.rejected,
+                "failed": counts.refocus_failed,
+            },
+            "generator": self.generator,
+            "valid_ome_zarr": self.valid_ome_zarr,
+        }
+
+
+def check(path: Path, progress: Progress = lambda _done, _total: None) -> Report:
+    """Read everything back. Raises RunError where *path* is no run, or its journal no journal."""
+    run = open_run(path)
+    counts = run.counts
+    total = counts.saved + counts.refocused
+    raw = _read_all(run, Kind.RAW, RawOutcome.SAVED, lambda done: progress(done, total))
+    refocused = _read_all(
+        run,
+        Kind.REFOCUS,
+        RefocusOutcome.REFOCUSED,
+        lambda done: progress(counts.saved + done, total),
+    )
+    valid, complaint = _validate(path) if counts.saved else (None, "")
+    findings = [*_findings(run), *raw, *refocused]
+    if complaint:
+        findings.append(f"not a valid OME-Zarr: {complaint}")
+    return Report(
+        state=run.state,
+        raw=RawCheck(acknowledged=counts.saved, readable=counts.saved - len(raw), damaged=len(raw)),
+        counts=counts,
+        generator=_generators(run),
+        valid_ome_zarr=valid,
+        findings=tuple(findings),
+        remarks=tuple(_remarks(run)),
+    )
+
+
+def _read_all(run: Run, kind: Kind, outcome: int, progress: Callable[[int], None]) -> list[str]:
+    """Read every plane of a kind; returns one line for each that is not what was acknowledged."""
+    read = run.raw if kind == Kind.RAW else run.refocused
+    damaged: list[str] = []
+    planes = (record for record in run.records(kind) if record.outcome == outcome)
+    for done, record in enumerate(planes, start=1):
+        try:
+            read(record.seq)
+        except (RunError, OSError) as error:
+            damaged.append(str(error))
+        progress(done)
+    return damaged
+
+
+def _findings(run: Run) -> Iterator[str]:
+    """What is wrong beside the planes."""
+    counts, seal = run.counts, run.notes.seal
+    if run.state == State.INCOMPLETE:
+        yield "the run is incomplete: " + (
+            _shortfall(counts, seal) if seal else "its writer ended without closing it"
+        )
+    if counts.failed:
+        yield f"{counts.failed} raw frames were not saved: {_reasons(run)}"
+    if run.damaged_records:
+        yield f"{len(run.damaged_records)} journal records are damaged: {run.damaged_records[:5]}"
+    if run.notes.unreadable and run.state != State.LIVE:
+        yield f"{run.notes.unreadable} lines of the journal cannot be read"
+    unknown = sum(frame.header is None for frame in run.frames() if _saved(frame))
+    if unknown:
+        yield f"{unknown} saved frames have no readable line with their header and tags"
+
+
+def _remarks(run: Run) -> Iterator[str]:
+    """What is worth knowing of a killed run, and is no loss."""
+    if run.torn_bytes:
+        yield f"the last record is torn ({run.torn_bytes} bytes); it acknowledged nothing"
+    if run.state == State.LIVE:
+        return
+    unacknowledged = sum(frame.raw is None for frame in run.frames())
+    if unacknowledged:
+        yield f"{unacknowledged} frames came too late to be acknowledged"
+    if run.counts.unanswered > 0:
+        yield f"{run.counts.unanswered} frames have no refocus outcome"
+
+
+def _shortfall(counts: Counts, seal: SealLine) -> str:
+    wanted = "the frames expected" if seal.expected_frames is None else str(seal.expected_frames)
+    note = f" ({seal.note})" if seal.note else ""
+    return f"{counts.saved} raw planes saved of {wanted}{note}"
+
+
+def _saved(frame: FrameEntry) -> bool:
+    return frame.raw is not None and frame.raw.outcome == RawOutcome.SAVED
+
+
+def _reasons(run: Run) -> str:
+    failed = (r for r in run.records(Kind.RAW) if r.outcome == RawOutcome.FAILED)
+    counted = Counter(run.reason(record) or "no reason could be written" for record in failed)
+    return "; ".join(f"{count} x {reason}" for reason, count in counted.most_common(3))
+
+
+def _generators(run: Run) -> str | None:
+    used = {r.generator for r in run.records(Kind.REFOCUS) if r.outcome == RefocusOutcome.REFOCUSED}
+    known = [run.notes.generators[number] for number in sorted(used & run.notes.generators.keys())]
+    names = dict.fromkeys(f"{g.name} {g.version} ({g.package_hash[:12]})" for g in known)
+    return ", ".join(names) or None
+
+
+def _validate(path: Path) -> tuple[bool | None, str]:
+    try:
+        import yaozarrs
+    except ImportError:
+        return None, ""
+    try:
+        yaozarrs.validate_zarr_store(str(path))
+    except (ValueError, OSError, KeyError) as error:
+        return False, str(error)
+    except ImportError:  # yaozarrs without its extra "io"
+        return None, ""
+    return True, ""
