@@ -99,6 +99,11 @@ class Recorder:
         """image_process_fn alone. The run then cannot know how many frames were submitted."""
         return self._hook.image
 
+    @property
+    def slot_waiting(self) -> int:
+        """Frames that wait for the engine now."""
+        return self._intake.slot_waiting
+
     def wait_for_engine(self, timeout_s: float) -> bool:
         """True once a worker is ready; False where there is none after *timeout_s*."""
         deadline = time.monotonic() + timeout_s

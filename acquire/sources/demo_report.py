@@ -16,9 +16,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from acquire.sources.demo import DemoMicroscope
 from calibration import metrics
-from refocus.frame import RefocusOutcome
+from refocus.frame import FrameHeader, RefocusOutcome
 from refocus.status import Latency, Status
-from store.reader import FrameEntry, Run, open_run
+from store.reader import Run
+from store.records import Kind
 
 MOST_COMPARED = 60
 """Planes compared with the truth; a random choice of them where there are more."""
@@ -49,8 +50,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     channels: list[str]
 
 
-def summarise(status: Status, microscope: DemoMicroscope, channels: list[str]) -> Summary:
-    """Figures of a finished run; reads it back from disk as any reader would."""
+def summarise(status: Status, run: Run, microscope: DemoMicroscope, channels: list[str]) -> Summary:
+    """Figures of a finished run, which is read back from disk as any reader would."""
     return Summary(
         run=status.run,
         received=status.received,
@@ -59,21 +60,26 @@ def summarise(status: Status, microscope: DemoMicroscope, channels: list[str]) -
         skipped=status.counts.skipped,
         fps=round(status.fps, 2),
         latency_ms=status.latency_ms,
-        psnr_db=compare(open_run(Path(status.run)), microscope),
+        psnr_db=compare(run, microscope),
         size=microscope.size_px,
         channels=channels,
     )
 
 
+def to_json(summary: Summary) -> str:
+    """One line of JSON."""
+    return msgspec.json.encode(summary).decode()
+
+
 def compare(run: Run, microscope: DemoMicroscope) -> Psnr | None:
     """PSNR before and after, of planes with a refocused twin; None where there is no truth."""
-    entries = _refocused(run)
-    if len(entries) > MOST_COMPARED:
-        entries = random.Random(0).sample(entries, MOST_COMPARED)
+    headers = _refocused(run)
+    if len(headers) > MOST_COMPARED:
+        headers = random.Random(0).sample(headers, MOST_COMPARED)
     raw, refocused = [], []
-    for entry in entries:
-        truth = microscope.truth_for(entry.header)
-        before, after = run.raw(entry.seq), run.refocused(entry.seq)
+    for header in headers:
+        truth = microscope.truth_for(header)
+        before, after = run.raw(header.seq), run.refocused(header.seq)
         if truth is None or before is None or after is None:
             continue
         raw.append(metrics.care(before, truth).psnr_db)
@@ -86,20 +92,20 @@ def compare(run: Run, microscope: DemoMicroscope) -> Psnr | None:
 def why_not(run: Run) -> Counter[str]:
     """How many frames have no refocused twin, by outcome and reason."""
     return Counter(
-        f"{entry.refocus.name.lower()}: {entry.reason}"
-        for entry in run.frames()
-        if entry.refocus is not None and entry.refocus is not RefocusOutcome.REFOCUSED
+        f"{RefocusOutcome(record.outcome).name.lower()}: {run.reason(record)}"
+        for record in run.records(Kind.REFOCUS)
+        if record.outcome != RefocusOutcome.REFOCUSED
     )
 
 
 def preview(run: Run, microscope: DemoMicroscope, path: Path) -> bool:
     """Writes raw | refocused | truth, a row for each channel; False where nothing can be shown."""
     rows = []
-    for entry in _one_a_channel(run):
-        truth = microscope.truth_for(entry.header)
-        before, after = run.raw(entry.seq), run.refocused(entry.seq)
+    for header in _one_a_channel(run):
+        truth = microscope.truth_for(header)
+        before, after = run.raw(header.seq), run.refocused(header.seq)
         if truth is not None and before is not None and after is not None:
-            rows.append((entry, [before, after, truth]))
+            rows.append((header, [before, after, truth]))
     if not rows:
         return False
     width = 3 * PANEL_PX + 4 * MARGIN_PX
@@ -107,10 +113,10 @@ def preview(run: Run, microscope: DemoMicroscope, path: Path) -> bool:
     canvas = Image.new("L", (width, height), 24)
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(15)
-    for row, (entry, panels) in enumerate(rows):
+    for row, (header, panels) in enumerate(rows):
         top = MARGIN_PX + row * (PANEL_PX + CAPTION_PX + MARGIN_PX)
         names = (
-            f"raw, {entry.header.channel}, {entry.header.z_um:+.2f} um from focus",
+            f"raw, {header.channel}, {header.z_um or 0.0:+.2f} um from focus",
             "refocused (computed)",
             "truth: in focus, no noise",
         )
@@ -134,16 +140,17 @@ def _panel(plane: npt.NDArray[np.generic], low: float, high: float) -> Image.Ima
     return picture
 
 
-def _refocused(run: Run) -> list[FrameEntry]:
-    return [entry for entry in run.frames() if entry.refocus is RefocusOutcome.REFOCUSED]
+def _refocused(run: Run) -> list[FrameHeader]:
+    """Headers of the frames with a refocused twin."""
+    done = {r.seq for r in run.records(Kind.REFOCUS) if r.outcome == RefocusOutcome.REFOCUSED}
+    return [entry.header for entry in run.frames() if entry.header and entry.seq in done]
 
 
-def _one_a_channel(run: Run) -> list[FrameEntry]:
+def _one_a_channel(run: Run) -> list[FrameHeader]:
     """Of each channel the refocused plane that was farthest from focus, the latest of those."""
-    best: dict[str, FrameEntry] = {}
-    for entry in _refocused(run):
-        channel = entry.header.channel
-        distance = abs(entry.header.z_um or 0.0)
-        if channel not in best or distance >= abs(best[channel].header.z_um or 0.0):
-            best[channel] = entry
+    best: dict[str, FrameHeader] = {}
+    for header in _refocused(run):
+        known = best.get(header.channel)
+        if known is None or abs(header.z_um or 0.0) >= abs(known.z_um or 0.0):
+            best[header.channel] = header
     return list(best.values())

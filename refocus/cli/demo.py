@@ -3,41 +3,47 @@
 import argparse
 import contextlib
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from refocus.cli import options
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from acquire.recorder import Recorder
+    from acquire.sources.demo import DemoMicroscope
     from acquire.sources.demo_report import Summary
 
 ENGINE_READY_S = 60.0
-"""How long the demo waits for the engine before it starts without: a cold start takes seconds."""
+"""How long the demo waits for the engine before it starts without; a cold start takes seconds."""
+REFRESH_S = 0.1
 
 
-def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds the command."""
-    parser = subparsers.add_parser(
+def register(subparsers: Any) -> None:
+    """Describe the command."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
         "demo",
         help="record and refocus a simulated specimen through a real Micro-Manager core",
-        description=(
-            "Starts a headless Micro-Manager core and acquires a time-lapse of z-stacks through "
-            "pycromanager: raw planes and their refocused twins land in an OME-Zarr run while it "
-            "goes on. The pixels are those of a simulated specimen, whose truth is known, seen "
-            "through a physical point spread function with photon and camera noise."
-        ),
+        description="Start a headless Micro-Manager core and acquire a time-lapse of z-stacks "
+        "through pycromanager; raw planes and their refocused twins land in an OME-Zarr run while "
+        "it goes on. The pixels are a simulated specimen, whose truth is known, seen through a "
+        "physical point spread function with photon and camera noise.",
     )
-    parser.add_argument("--frames", type=int, default=120, help="frames to acquire (default 120)")
-    parser.add_argument("--size", type=int, default=512, help="side of a frame in px (default 512)")
-    parser.add_argument("--out", type=Path, help="folder of the run (default runs/demo-TIME)")
+    parser.add_argument("--frames", type=int, default=120, help="how many (default: %(default)s)")
+    parser.add_argument(
+        "--size", type=int, default=512, help="side of a frame in pixels (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the run (default runs/demo-TIME)")
     parser.add_argument(
         "--pixels",
         choices=("specimen", "camera"),
         default="specimen",
-        help="simulated specimen (default), or the pixels of Micro-Manager's DemoCamera",
+        help="a simulated specimen, or Micro-Manager's DemoCamera as it is (default: %(default)s)",
     )
     options.add_generator(parser)
     options.add_engine(parser)
@@ -47,65 +53,123 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the demo; 0 when every frame landed."""
-    import msgspec
-
+    """Run the demo; 0 when every frame landed."""
     from acquire.recorder import Recorder
-    from acquire.sources import acquisition, demo, demo_report
+    from acquire.sources import demo_report
+    from acquire.sources.demo import CHANNELS
     from refocus.errors import RunError
     from store.reader import open_run
 
     settings = options.settings(arguments)
     out = arguments.out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
+    side = arguments.size
     finding = ""
-    with _bar(arguments.json) as bar:
-        task = bar.add_task("simulating the specimen", total=1.0)
-        microscope = demo.DemoMicroscope(
-            arguments.size,
-            specimen=arguments.pixels == "specimen",
-            progress=lambda share: bar.update(task, completed=share),
-        )
-        bar.remove_task(task)
-        shape = (arguments.size, arguments.size)
-        recorder = Recorder(settings, out=out, expected_shape=shape)
-        with microscope:
-            try:
-                with recorder:
-                    _wait_for_engine(recorder, bar)
-                    events = microscope.events(arguments.frames)
-                    hooks = recorder.hooks()
-                    hooks["image_process_fn"] = microscope.wrap(hooks["image_process_fn"])
-                    with _following(recorder, bar, len(events)):
-                        acquisition.run(events, hooks, stop=recorder.stopping)
-            except RunError as error:
-                finding = str(error)
-            status = recorder.status()
-            summary = demo_report.summarise(status, microscope, list(demo.CHANNELS))
-            picture = out / "preview.png"
-            shown = demo_report.preview(open_run(out), microscope, picture)
+    with _progress(arguments.json) as progress:
+        microscope = _simulate(arguments, progress)
+        recorder = Recorder(settings, out=out, expected_shape=(side, side))
+        try:
+            _acquire(microscope, recorder, arguments.frames, progress)
+        except RunError as error:
+            finding = str(error)
+    status = recorder.status()
+    finished = open_run(out)
+    summary = demo_report.summarise(status, finished, microscope, list(CHANNELS))
+    picture = out / "preview.png"
+    shown = demo_report.preview(finished, microscope, picture)
     if arguments.json:
-        print(msgspec.json.encode(summary).decode())
+        print(demo_report.to_json(summary))
     else:
-        reasons = demo_report.why_not(open_run(out))
-        _print(summary, reasons, picture if shown else None)
-    for line in [*status.trouble, *([finding] if finding else [])]:
-        print(f"refocus: {line}", file=sys.stderr)
-    interrupted = recorder.stopping.is_set() and not finding
-    if interrupted:
-        print("refocus: stopped before its end; what came until then is saved", file=sys.stderr)
-    return 1 if finding or interrupted else 0
+        _print(summary, demo_report.why_not(finished), picture if shown else None)
+    stopped = recorder.stopping.is_set() and not finding
+    if stopped:
+        finding = "stopped before its end; every frame that came until then is saved"
+    for line in (*status.trouble, finding):
+        if line:
+            print(f"refocus: {line}", file=sys.stderr)
+    return 1 if finding else 0
 
 
-def _bar(quiet: bool):  # type: ignore[no-untyped-def]
+def _simulate(arguments: argparse.Namespace, progress: "Progress") -> "DemoMicroscope":
+    from acquire.sources.demo import DemoMicroscope
+
+    task = progress.add_task("simulating the specimen", total=1.0, note="")
+    microscope = DemoMicroscope(
+        arguments.size,
+        specimen=arguments.pixels == "specimen",
+        progress=lambda share: progress.update(task, completed=share),
+    )
+    progress.remove_task(task)
+    return microscope
+
+
+def _acquire(
+    microscope: "DemoMicroscope", recorder: "Recorder", frames: int, progress: "Progress"
+) -> None:
+    from acquire.sources import acquisition
+
+    events = microscope.events(frames)
+    with microscope, recorder, acquisition.signals_set(recorder.stopping):
+        waiting = progress.add_task("starting the engine", total=None, note="")
+        recorder.wait_for_engine(ENGINE_READY_S)
+        progress.remove_task(waiting)
+        hooks = recorder.hooks()
+        hooks["image_process_fn"] = microscope.wrap(hooks["image_process_fn"])
+        with _following(recorder, progress, len(events)):
+            acquisition.run(events, hooks, stop=recorder.stopping)
+
+
+@contextlib.contextmanager
+def _following(recorder: "Recorder", progress: "Progress", total: int) -> Iterator[None]:
+    """Shows the recorder's status until the acquisition is over."""
+    task = progress.add_task("acquiring", total=total, note="")
+    done = threading.Event()
+
+    def follow() -> None:
+        while not done.wait(REFRESH_S):
+            status = recorder.status()
+            counts = status.counts
+            note = f"saved {counts.saved}, refocused {counts.refocused}, skipped {counts.skipped}"
+            progress.update(task, completed=status.received, note=note)
+
+    thread = threading.Thread(target=follow, name="demo-progress")
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _progress(quiet: bool) -> "Progress":
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
     return Progress(
-        TextColumn("{task.description:<24}"),
-        BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn("{task.description:<23}"),
+        BarColumn(bar_width=30),
+        TaskProgressColumn(),
         TextColumn("{task.fields[note]}"),
         console=Console(stderr=True),
         disable=quiet,
         transient=True,
     )
+
+
+def _print(summary: "Summary", reasons: "Counter[str]", picture: Path | None) -> None:
+    print(f"run          {summary.run}")
+    print(f"received     {summary.received} frames, {summary.fps:g} frames/s")
+    print(f"saved        {summary.saved}")
+    print(f"refocused    {summary.refocused}")
+    for reason, count in reasons.most_common():
+        print(f"  {count:>4} not    {reason}")
+    if summary.latency_ms is not None:
+        p50, p95 = summary.latency_ms.p50, summary.latency_ms.p95
+        print(
+            f"latency      {p50:.0f} ms from hook to refocused on disk (95 % within {p95:.0f} ms)"
+        )
+    if summary.psnr_db is not None:
+        raw, refocused = summary.psnr_db.raw, summary.psnr_db.refocused
+        gain = refocused - raw
+        print(f"PSNR         {raw:.1f} dB raw, {refocused:.1f} dB refocused ({gain:+.1f} dB)")
+    if picture is not None:
+        print(f"picture      {picture}")
