@@ -14,7 +14,7 @@ Held out by file, never by crop: the last files of each folder, in name order, a
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,18 +26,10 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
-from calibration.optics import Aberrations, Optics, blur_radius_px, depth_of_field_um, psf
+from calibration.objectives import CROP_PX, MARGIN_PX, WINDOW_PX, Bank
 from calibration.simulate import SPECIMENS, beads, phase_picture, slabs
 from engine.package import TrainingFile
 from refocus.errors import SettingsError
-
-CROP_PX = 128
-MARGIN_PX = 32
-WINDOW_PX = CROP_PX + 2 * MARGIN_PX
-"""What is blurred; the margin is cut off, so that no crop shows the transform's wrap-around."""
-
-MAX_DEFOCUS_DOF = 9.0
-MAX_BLUR_RADIUS_PX = 21.0
 
 SHARES = {"nuclei": 0.38, "blood": 0.06, "specimen": 0.34, "beads": 0.18, "phase": 0.04}
 IN_FOCUS_SHARE = 0.15
@@ -54,16 +46,6 @@ class Sources:
 
     pictures: dict[str, list[Picture]]
     files: list[TrainingFile]
-
-
-@dataclass(frozen=True, slots=True)
-class Bank:
-    """Transfer functions of many objectives, each at four depths."""
-
-    transfer: npt.NDArray[np.complex64]
-    """(objective, 4, WINDOW_PX, WINDOW_PX // 2 + 1): focus, a slab beside it, both defocused."""
-    defocus_dof: npt.NDArray[np.float32]
-    """(objective,) |defocus| in depths of field."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,21 +72,9 @@ def load_sources(data: Path, *, held_out: bool, specimens: int = 300, seed: int 
     rng = np.random.default_rng([seed, held_out])
     pictures: dict[str, list[Picture]] = {kind: [] for kind in SHARES}
     files: list[TrainingFile] = []
-    for folder, (kind, licence, source, last) in FOLDERS.items():
-        paths = sorted((data / "in-focus" / folder).glob("*.[pj][np]g"))
-        if len(paths) <= last:
-            raise SettingsError(
-                f"{data / 'in-focus' / folder}: {len(paths)} pictures found, more than {last} "
-                "wanted; point --data at the folder that holds in-focus/"
-            )
-        for path in paths[-last:] if held_out else paths[:-last]:
-            density = _read_density(path, kind)
-            if density is None:
-                continue
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            name = path.relative_to(data).as_posix()
-            files.append(TrainingFile(path=name, sha256=digest, licence=licence, source=source))
-            pictures[kind] += [_pad(d) for d in _magnifications(rng, density)]
+    for kind, file, density in _read_in_focus(data, held_out):
+        files.append(file)
+        pictures[kind] += [_pad(version) for version in _magnifications(rng, density)]
     shape = (320, 320)
     names = list(SPECIMENS)
     for i in range(specimens):
@@ -114,24 +84,9 @@ def load_sources(data: Path, *, held_out: bool, specimens: int = 300, seed: int 
     return Sources(pictures, files)
 
 
-def build_bank(objectives: int, seed: int = 0) -> Bank:
-    """Random objectives at random defocus; about 15 ms each."""
-    shape = (objectives, 4, WINDOW_PX, WINDOW_PX // 2 + 1)
-    bank = Bank(np.zeros(shape, np.complex64), np.zeros(objectives, np.float32))
-    for i in range(objectives):
-        rng = np.random.default_rng([seed, i])
-        optics = _draw_optics(rng)
-        z_um, slab_um = _draw_defocus(rng, optics)
-        bends = np.clip(
-            rng.normal(0, 0.06, 5), -0.17, 0.17
-        )  # waves; beyond that lenses are returned
-        for k, depth_um in enumerate((0.0, slab_um, z_um, z_um + slab_um)):
-            kernel = psf(optics, depth_um, Aberrations(*bends), 2 * MARGIN_PX + 1)
-            canvas = np.zeros((WINDOW_PX, WINDOW_PX), np.float32)
-            canvas[: kernel.shape[0], : kernel.shape[1]] = kernel
-            bank.transfer[i, k] = np.fft.rfft2(np.roll(canvas, (-MARGIN_PX, -MARGIN_PX), (0, 1)))
-        bank.defocus_dof[i] = abs(z_um) / depth_of_field_um(optics)
-    return bank
+def training_files(data: Path) -> list[TrainingFile]:
+    """The files that a training on *data* reads, those held out for validation not among them."""
+    return [file for _, file, _ in _read_in_focus(data, held_out=False)]
 
 
 def make_batch(sources: Sources, bank: Bank, size: int, seed: int, index: int) -> Batch:
@@ -155,6 +110,28 @@ def make_batch(sources: Sources, bank: Bank, size: int, seed: int, index: int) -
         defocus_dof=defocus,
         is_phase=is_phase,
     )
+
+
+def _read_in_focus(data: Path, held_out: bool) -> Iterator[tuple[str, TrainingFile, Window]]:
+    """Kind, record and density of every usable picture under *data*/in-focus, in name order."""
+    for folder, (kind, licence, source, last) in FOLDERS.items():
+        paths = sorted((data / "in-focus" / folder).glob("*.[pj][np]g"))
+        if len(paths) <= last:
+            raise SettingsError(
+                f"{data / 'in-focus' / folder}: {len(paths)} pictures found, more than {last} "
+                "wanted; point --data at the folder that holds in-focus/"
+            )
+        for path in paths[-last:] if held_out else paths[:-last]:
+            density = _read_density(path, kind)
+            if density is None:
+                continue
+            name = path.relative_to(data).as_posix()
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            yield (
+                kind,
+                TrainingFile(path=name, sha256=digest, licence=licence, source=source),
+                density,
+            )
 
 
 def _read_density(path: Path, kind: str) -> Window | None:
@@ -187,41 +164,6 @@ def _magnifications(rng: np.random.Generator, density: Window) -> list[Window]:
 def _pad(density: Window) -> Picture:
     missing = [(0, max(0, WINDOW_PX - side)) for side in density.shape]
     return np.pad(density, missing, mode="symmetric").astype(np.float16)
-
-
-def _draw_optics(rng: np.random.Generator) -> Optics:
-    """A common objective, its aperture off by up to a tenth, sampled well or badly."""
-    common = (
-        (0.3, 1),
-        (0.45, 1),
-        (0.6, 1),
-        (0.75, 1),
-        (0.8, 1),
-        (0.95, 1),
-        (1.2, 1.333),
-        (1.4, 1.515),
-    )
-    na, index = common[rng.integers(len(common))]
-    na = min(na * rng.uniform(0.9, 1.1), 0.97 * index)
-    wavelength_um = rng.uniform(0.43, 0.70)
-    low, high = (
-        (0.8, 2.5) if rng.random() < 0.72 else (2.5, 8)
-    )  # in units of λ / 4NA, Nyquist's pixel
-    sampling = math.exp(rng.uniform(math.log(low), math.log(high)))
-    return Optics(na, index, wavelength_um, sampling * wavelength_um / (4 * na))
-
-
-def _draw_defocus(rng: np.random.Generator, optics: Optics) -> tuple[float, float]:
-    """Distance from focus, and from there to a second slab of the specimen, both in um."""
-    dof_um = depth_of_field_um(optics)
-    px_um = 1 / blur_radius_px(optics, 1.0)  # defocus that widens the blur disk by a pixel
-    if rng.random() < 0.6:
-        z_um = dof_um * math.exp(rng.uniform(math.log(0.3), math.log(MAX_DEFOCUS_DOF)))
-    else:
-        z_um = px_um * math.exp(rng.uniform(math.log(0.7), math.log(MAX_BLUR_RADIUS_PX)))
-    z_um = min(z_um, MAX_BLUR_RADIUS_PX * px_um)
-    slab_um = rng.normal() * max(0.7 * dof_um, 0.25 * z_um)
-    return z_um * rng.choice((-1, 1)), float(np.clip(slab_um, -8 * px_um, 8 * px_um))
 
 
 def _draw_object(rng: np.random.Generator, sources: Sources, kind: str) -> Window:

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from calibration import losses
-from calibration.dataset import Bank, Batch, Sources, build_bank, load_sources, make_batch
+from calibration.dataset import Batch, Sources, load_sources, make_batch
+from calibration.objectives import Bank, build_bank
 from calibration.weights import load_checkpoint, save_checkpoint
 from engine.generators.light import Light
 from refocus.errors import SettingsError

@@ -43,6 +43,7 @@ class Light(nn.Module):
 
     def __init__(self, widths: Sequence[int] = (16, 40, 80, 120), bottom_blocks: int = 2) -> None:
         super().__init__()
+        self.arguments = {"widths": list(widths), "bottom_blocks": bottom_blocks}
         self.bottom_blocks = bottom_blocks
         pairs = list(pairwise(widths))
         self.stride = FOLD << len(pairs)
