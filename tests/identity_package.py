@@ -3,9 +3,11 @@
 Built as the generators are: a convolution and a way around it, which stays float32 where the
 runtime computes in less. So `identity` gives exactly what it gets; `negated` (x - 2x) visibly
 differs from its input, to prove that an answer came from the network; `nan` and `constant` are the
-rubbish that checks must stop.
+rubbish that checks must stop. `make_unet` has random weights and looks as far around a pixel as a
+real generator does.
 """
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -96,6 +98,58 @@ def to_onnx(weights: npt.NDArray[np.float32], residual: bool) -> bytes:
         [helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, shape)],
         [numpy_helper.from_array(weights, "weight")],
     )
+    return _encode(graph)
+
+
+UNET_HALO_PX = 64
+"""Radius of `make_unet`'s receptive field, rounded up to its stride, 16."""
+
+
+def make_unet(folder: Path, *, halo_px: int = UNET_HALO_PX) -> Package:
+    """Write a package around a small bias-free U-Net with random weights, folded 2 × 2."""
+    rng = np.random.default_rng(1)
+    widths = (8, 12, 16, 16)
+    nodes, tensors = [], []
+
+    def add(operator: str, inputs: list[str], output: str, **attributes: object) -> str:
+        nodes.append(helper.make_node(operator, inputs, [output], **attributes))
+        return output
+
+    def convolve(source: str, name: str, shape: tuple[int, int], size: int, **how: object) -> str:
+        gain = np.sqrt(2 / (shape[1] * size**2))
+        weight = rng.normal(0, gain, (*shape, size, size)).astype(np.float32)
+        tensors.append(numpy_helper.from_array(weight, f"{name}.weight"))
+        operator = "ConvTranspose" if name.startswith("up") else "Conv"
+        y = add(operator, [source, f"{name}.weight"], f"{name}.y", **how)
+        return add("LeakyRelu", [y], name, alpha=0.1)
+
+    h = convolve(
+        add("SpaceToDepth", ["raw"], "folded", blocksize=2), "head", (8, 4), 3, pads=[1] * 4
+    )
+    skips = []
+    for k, (a, b) in enumerate(pairwise(widths)):
+        skips.append(h)
+        h = convolve(h, f"down{k}", (b, a), 2, strides=[2, 2])
+        h = convolve(h, f"encode{k}", (b, b), 3, pads=[1] * 4)
+    for k, (a, b) in reversed(list(enumerate(pairwise(widths)))):
+        h = convolve(h, f"up{k}", (b, a), 2, strides=[2, 2])
+        h = add("Add", [h, skips.pop()], f"joined{k}")
+        h = convolve(h, f"decode{k}", (a, a), 3, pads=[1] * 4)
+    h = convolve(h, "tail", (4, 8), 3, pads=[1] * 4)
+    add("Add", ["raw", add("DepthToSpace", [h], "unfolded", blocksize=2)], "refocused")
+    shape = ["n", 1, "height", "width"]
+    graph = helper.make_graph(
+        nodes,
+        "generator",
+        [helper.make_tensor_value_info("raw", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("refocused", TensorProto.FLOAT, shape)],
+        tensors,
+    )
+    weights = np.zeros((1,), np.float32)
+    return write_package(folder, _encode(graph), weights, "unet", 16, halo_px)
+
+
+def _encode(graph: onnx.GraphProto) -> bytes:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.checker.check_model(model)
     return bytes(model.SerializeToString())
