@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from microscope import run_in_core
 
-from acquire.sources import acquisition
+from acquire.sources import acquisition, demo
 from acquire.sources.acquisition import run
 from acquire.sources.demo import CHANNELS, Z_UM, DemoMicroscope
 from acquire.sources.specimen import (
@@ -127,11 +127,11 @@ def one_after_the_other() -> dict[str, Any]:
     got: list[tuple[Any, dict[str, Any]]] = []
     for frames in (2, 36):
         got.clear()
-        with DemoMicroscope(SIZE_PX) as demo:
-            hook = demo.wrap(lambda image, metadata: got.append((image, metadata)))
-            events = demo.events(frames, frames_per_s=100)
+        with DemoMicroscope(SIZE_PX) as microscope:
+            hook = microscope.wrap(lambda image, metadata: got.append((image, metadata)))
+            events = microscope.events(frames, frames_per_s=100)
             run(events, {"image_process_fn": hook}, stop=threading.Event())
-            errors = [_error_counts(demo, image, metadata) for image, metadata in got]
+            errors = [_error_counts(microscope, image, metadata) for image, metadata in got]
     return {
         "axes": [metadata["Axes"] for _, metadata in got],
         "events": [event["axes"] for event in events],
@@ -144,7 +144,7 @@ def one_after_the_other() -> dict[str, Any]:
     }
 
 
-def _error_counts(demo: DemoMicroscope, image: Any, metadata: dict[str, Any]) -> float:
+def _error_counts(microscope: DemoMicroscope, image: Any, metadata: dict[str, Any]) -> float:
     """RMS distance of a frame from the truth at its own position and channel."""
     header = FrameHeader(
         run="r",
@@ -156,7 +156,7 @@ def _error_counts(demo: DemoMicroscope, image: Any, metadata: dict[str, Any]) ->
         x_um=metadata["XPosition_um_Intended"],
         y_um=metadata["YPosition_um_Intended"],
     )
-    truth = demo.truth_for(header)
+    truth = microscope.truth_for(header)
     assert truth is not None
     return float(np.sqrt(np.mean((image - truth) ** 2)))
 
@@ -187,13 +187,13 @@ def test_the_demo_run_delivers_its_events_and_pictures_that_follow_z() -> None:
 
 def camera_pixels() -> dict[str, Any]:
     got: list[Any] = []
-    with DemoMicroscope(64, specimen=False) as demo:
-        hook = demo.wrap(lambda image, metadata: got.append(image))
-        run(demo.events(4, 100), {"image_process_fn": hook}, stop=threading.Event())
+    with DemoMicroscope(64, specimen=False) as microscope:
+        hook = microscope.wrap(lambda image, metadata: got.append(image))
+        run(microscope.events(4, 100), {"image_process_fn": hook}, stop=threading.Event())
         header = FrameHeader(
             run="r", seq=0, axes={}, channel="DAPI", shape=(64, 64), dtype="uint16"
         )
-        truth = demo.truth_for(header)
+        truth = microscope.truth_for(header)
     return {"pixels": [zlib.crc32(image) for image in got], "truth": truth}
 
 
@@ -217,8 +217,8 @@ def outcome(case: str) -> dict[str, Any]:
     hooks: dict[str, Any] = {"image_process_fn": lambda image, metadata: frames.append(1)}
     stop, stuck = threading.Event(), threading.Event()
     minutes_apart = [{"axes": {"time": i}, "min_start_time": 60.0 * i} for i in range(3)]
-    with DemoMicroscope(32, specimen=False) as demo:
-        events = demo.events(20, 100)
+    with DemoMicroscope(32, specimen=False) as microscope:
+        events = microscope.events(20, 100)
         match case:
             case "image hook raises":
                 hooks["image_process_fn"] = boom
@@ -258,6 +258,32 @@ def outcome(case: str) -> dict[str, Any]:
         stuck.set()
         _wait_for_threads(before=("Acquisition Engine", "Acq Eng"))
     return {"said": said, "frames": len(frames), "stopped": stop.is_set()}
+
+
+def stuck_engine() -> dict[str, Any]:
+    """Micro-Manager's own engine thread hangs, as on a device that never answers."""
+    acquisition.ABORT_GRACE_S = demo.STOP_S = 0.5
+    stuck, said = threading.Event(), ""
+    hooks = {
+        "image_process_fn": lambda image, metadata: None,
+        "post_hardware_hook_fn": lambda event: (stuck.wait(), event)[1],
+    }
+    try:
+        with DemoMicroscope(32, specimen=False) as microscope:
+            run(microscope.events(4, 100), hooks, stop=threading.Event(), stall_s=0.5)
+    except RefocusError as error:
+        said = str(error)
+    still_stuck = not stuck.is_set()
+    stuck.set()
+    _wait_for_threads(before=())
+    return {"said": said, "still_stuck": still_stuck}
+
+
+def test_a_device_that_never_answers_does_not_hold_us() -> None:
+    found = run_in_core(stuck_engine, timeout_s=30)
+    assert "the acquisition hangs" in found["said"]
+    assert "threads are stuck" in found["said"]
+    assert found["still_stuck"], "both run and the microscope gave up while it still hung"
 
 
 def _wait_for_threads(before: tuple[str, ...]) -> None:

@@ -12,7 +12,9 @@ One microscope at a time in a process; it leaves no thread behind, and the next 
 
 import contextlib
 import json
+import logging
 import math
+import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +40,9 @@ EXPOSURE_SHARE = 0.4
 """Of the time between two frames: the rest is for the stage, as on a real microscope."""
 MAX_SIZE_PX = 4096
 BUFFER_MIB = 128
+STOP_S = 5.0
+
+log = logging.getLogger(__name__)
 
 
 class DemoMicroscope:
@@ -174,7 +179,19 @@ def start_core(config: Path, buffer_mib: int = BUFFER_MIB) -> Any:
 
 
 def stop_core() -> None:
-    """Unload the devices and end the engine's threads, so that another core can start."""
+    """Unload the devices and end the engine's threads, so that another core can start.
+
+    Gives up after STOP_S where a thread of Micro-Manager's is stuck (`acquisition.run` has said so
+    by then); such a process ends only by `os._exit`.
+    """
+    stopper = threading.Thread(target=_stop_core, name="stop-core", daemon=True)
+    stopper.start()
+    stopper.join(STOP_S)
+    if stopper.is_alive():
+        log.error("Micro-Manager's core does not stop: one of its threads is stuck")
+
+
+def _stop_core() -> None:
     from pycromanager import stop_headless
     from pycromanager.acquisition.acq_eng_py.internal.engine import Engine
 
