@@ -83,7 +83,7 @@ class Specimen:
         z_range_um: float = 2.5,
         progress: Callable[[float], None] | None = None,
     ) -> None:
-        """Render all planes: 0.4 s and 75 MB at 512², in proportion to the area.
+        """Render all planes: 0.4 s and 65 MB at 512², in proportion to the area.
 
         *size_px* is the side of a frame, *z_range_um* how far from focus planes are rendered;
         farther away the outermost one is shown. *progress* is called with the share done, 0 to 1.
