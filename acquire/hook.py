@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy.typing as npt
 
@@ -28,6 +28,7 @@ from refocus.frame import Frame
 log = logging.getLogger(__name__)
 
 Event = dict[str, Any]
+E = TypeVar("E")
 MAX_STAGE_READINGS = 100_000
 """Readings kept for frames that never came (an aborted acquisition), about 30 MB."""
 
@@ -129,7 +130,7 @@ class Hook:
                 "a larger [acquire] raw_queue_mib"
             )
 
-    def _go_on(self, event: Any) -> Any:
+    def _go_on(self, event: E) -> E | None:
         return None if self.stopping.is_set() else event
 
     def _next(self) -> int:

@@ -161,7 +161,7 @@ class Link:
                 return
             try:
                 message, pixels = wire.decode(parts)
-                self._handle(bytes(identity), message, pixels)
+                self._handle(identity.bytes, message, pixels)
             except WireError as error:
                 log.warning("a message was thrown away: %s", error)
 

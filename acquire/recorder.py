@@ -83,6 +83,8 @@ class Recorder:
         )
         self.stopping = self._hook.stopping
         """Set it, from any thread, to end the acquisition after the events under way."""
+        self.started = False
+        """The run exists on disk: from here on there is a status, whatever happens."""
         self._engine: EngineSide | None = None
         self._state = "live"
 
@@ -107,7 +109,7 @@ class Recorder:
     def wait_for_engine(self, timeout_s: float) -> bool:
         """True once a worker is ready; False where there is none after *timeout_s*."""
         deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline and self._engine is not None:
+        while time.monotonic() < deadline and self._engine and not self.stopping.is_set():
             if self._engine.link.wait_ready(POLL_S):
                 return True
             if self._engine.supervisor.gave_up.is_set():
@@ -143,6 +145,7 @@ class Recorder:
         )
         self._run = RunWriter.create(self.out, info)
         self._writing = Writing(self._run, self._intake, self._raw_failed, self._complain)
+        self.started = True
         try:
             self._engine = start_engine(
                 self.settings, self._intake, self.out, self._expected_shape, self._complain

@@ -189,8 +189,8 @@ def _dealer(context: "zmq.Context[zmq.Socket[bytes]]", address: str) -> "zmq.Soc
 def _step_back() -> None:
     """Below normal priority, for this process alone."""
     with contextlib.suppress(psutil.AccessDenied, OSError):
-        below = psutil.BELOW_NORMAL_PRIORITY_CLASS if sys.platform == "win32" else 10
-        psutil.Process().nice(below)
+        nice = 10  # of POSIX; Windows has priority classes instead
+        psutil.Process().nice(getattr(psutil, "BELOW_NORMAL_PRIORITY_CLASS", nice))
 
 
 def _leave_with_parent() -> None:

@@ -5,6 +5,7 @@ seconds: a worker announces it), asked to refocus planes one by one, and closed,
 thread. Nothing is imported before it is chosen, so a machine needs only its own runtime.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -46,6 +47,9 @@ class Runtime(Protocol):
         Raises RejectedError for pixels of another dtype, EngineError where the runtime fails or
         its answer does not pass engine/checks.py.
         """
+
+    def bare(self, package: Package, shape: tuple[int, int]) -> Callable[[], None]:
+        """The network alone on a plane of zeros: what `refocus bench` holds the worker against."""
 
     def close(self) -> None:
         """Release everything; may be called twice."""

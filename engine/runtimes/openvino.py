@@ -20,6 +20,7 @@ openvino, which then uses its own stub. tests/test_openvino.py proves it.
 import os
 import sys
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -91,6 +92,16 @@ class OpenVino:
         check_answer(pixels, float(answer.min()), float(answer.max()))
         counts, clipped = to_counts(answer, scaling, pixels.dtype)
         return Refocused(pixels=counts, clipped=clipped)
+
+    def bare(self, package: Package, shape: tuple[int, int]) -> Callable[[], None]:
+        self.load(package, shape)
+        request = self._loaded[_key(package, shape)]
+        request.get_input_tensor().data[:] = 0
+
+        def infer() -> None:
+            request.infer()
+
+        return infer
 
     def close(self) -> None:
         self._loaded.clear()

@@ -64,12 +64,16 @@ def run(arguments: argparse.Namespace) -> int:
     out = arguments.out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     side = arguments.size
     finding = ""
+    if out.exists():  # said before the specimen is simulated, which takes seconds
+        raise RunError(f"{out}: exists already; give a folder that does not")
     with _progress(arguments.json) as progress:
         microscope = _simulate(arguments, progress)
         recorder = Recorder(settings, out=out, expected_shape=(side, side))
         try:
             _acquire(microscope, recorder, arguments.frames, progress)
         except RunError as error:
+            if not recorder.started:
+                raise
             finding = str(error)
     status = recorder.status()
     finished = open_run(out)
@@ -108,7 +112,8 @@ def _acquire(
     from acquire.sources import acquisition
 
     events = microscope.events(frames)
-    with microscope, recorder, acquisition.signals_set(recorder.stopping):
+    # The signals first: a Ctrl-C at any moment from here on ends in a closed run.
+    with acquisition.signals_set(recorder.stopping), microscope, recorder:
         waiting = progress.add_task("starting the engine", total=None, note="")
         recorder.wait_for_engine(ENGINE_READY_S)
         progress.remove_task(waiting)

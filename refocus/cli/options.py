@@ -33,11 +33,18 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def settings(arguments: argparse.Namespace) -> Settings:
-    """Settings from the files, with what the command line says instead."""
+    """Settings from the files, with what the command line says instead.
+
+    Raises SettingsError for a runtime that was asked for by name and does not work here.
+    """
     read = all_settings.load(arguments.config)
     engine = read.engine
     if arguments.engine is not None:
         engine = msgspec.structs.replace(engine, runtime=arguments.engine)
     if arguments.generator is not None:
         engine = msgspec.structs.replace(engine, generator=arguments.generator)
+    if engine.runtime not in ("auto", "none"):
+        from engine.runtimes import open_runtime
+
+        open_runtime(engine.runtime).close()  # an explicit choice that cannot be had ends here
     return msgspec.structs.replace(read, engine=engine)
