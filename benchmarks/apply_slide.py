@@ -1,8 +1,8 @@
 """How much memory and time a whole slide takes: python benchmarks/apply_slide.py --generator NAME
 
-Writes a slide (tiled BigTIFF) full of cells into a temporary folder, refocuses it by `refocus apply`
-in a process of its own, and prints the peak of that process's resident memory and its speed. Linux
-and macOS. Needs twice the slide's size on disk: 3.6 GB for 30,000², grey, 16 bits.
+Writes a slide (tiled BigTIFF) full of cells into a temporary folder, refocuses it by `refocus
+apply` in a process of its own, and prints the peak of that process's resident memory and its
+speed. Linux and macOS. Needs twice the slide's size on disk: 3.6 GB for 30,000², grey, 16 bits.
 """
 
 import argparse

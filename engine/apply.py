@@ -23,13 +23,12 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from tifffile import TiffFile
 
 from engine.checks import check_plane
 from engine.package import Package, unfit_pixels
 from engine.runtimes import Runtime
 from engine.scaling import Scaling, derive
-from engine.tiff_reader import Key, Layer, layers, pixel_um, read_blocks, read_rows
+from engine.tiff_reader import Key, Layer, layers, open_tiff, pixel_um, read_blocks, read_rows
 from engine.tiff_writer import WHOLE_PX, open_writer, tile_shape, write_layer
 from engine.tiles import Span, spans
 from refocus.errors import RejectedError, SettingsError
@@ -94,7 +93,7 @@ def refocus_file(
             raise SettingsError(f"{path} exists and stays; choose another --out, or move it away")
     unfinished = target.with_name(f".{target.name}.part")
     try:
-        with TiffFile(source) as tif:
+        with open_tiff(source) as tif:
             found, notes = layers(tif)
             size_um = pixel_size_um or pixel_um(tif)
             _check_fit(package, found, size_um, notes)
@@ -220,18 +219,22 @@ def _bands(layer: Layer, job: _Job) -> Iterator[Pixels]:
     columns = spans(layer.width, core_x, manifest.halo_px, manifest.stride)
     for sample in range(layer.separate):
         for rows in spans(layer.height, core_y, manifest.halo_px, manifest.stride):
-            raw = read_rows(layer, rows.read_start, rows.read_stop, sample)
-            band = raw[rows.start - rows.read_start : rows.stop - rows.read_start].copy()
-            for k in range(layer.interleaved):
-                key = layer.key(sample + k)
-                scaling = job.scalings[key] if key else None
-                if scaling is not None:
-                    for tile in columns:
-                        window = raw[:, tile.read_start : tile.read_stop, k]
-                        answer = job.refocus(window, scaling)
-                        band[:, tile.start : tile.stop, k] = _inner(answer, rows, tile)
-                        job.advance((tile.stop - tile.start) * band.shape[0])
-            yield band
+            yield _band(layer, sample, rows, columns, job)
+
+
+def _band(layer: Layer, sample: int, rows: Span, columns: list[Span], job: _Job) -> Pixels:
+    raw = read_rows(layer, rows.read_start, rows.read_stop, sample)
+    band = raw[rows.start - rows.read_start : rows.stop - rows.read_start].copy()
+    for k in range(layer.interleaved):
+        key = layer.key(sample + k)
+        scaling = job.scalings[key] if key else None
+        if scaling is None:
+            continue
+        for tile in columns:
+            answer = job.refocus(raw[:, tile.read_start : tile.read_stop, k], scaling)
+            band[:, tile.start : tile.stop, k] = _inner(answer, rows, tile)
+            job.advance((tile.stop - tile.start) * band.shape[0])
+    return band
 
 
 def _inner(answer: Pixels, rows: Span, columns: Span) -> Pixels:

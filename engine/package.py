@@ -127,7 +127,7 @@ class Package:
     folder: Path
     manifest: Manifest
     hash: str
-    """sha256 of manifest.json, which holds the hashes of the other files."""
+    """sha256 of manifest.json."""
 
     @property
     def onnx(self) -> Path:
@@ -263,8 +263,8 @@ def _decode(data: bytes, folder: Path) -> Manifest:
         version = msgspec.json.decode(data, type=_FormatOnly).format
         if version > FORMAT:
             raise PackageError(
-                f"model package {folder} has format {version}, this Refocus reads up to {FORMAT}; "
-                "update Refocus"
+                f"model package {folder} has format {version}, this Refocus reads up to {FORMAT}: "
+                "update it"
             )
         manifest = msgspec.json.decode(data, type=Manifest)
     except msgspec.DecodeError as error:

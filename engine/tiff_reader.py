@@ -8,10 +8,13 @@ What belongs to which channel comes from the file's own metadata (OME-XML, Image
 All layers of a channel share one scaling, and so do the three samples of an RGB layer.
 """
 
+import contextlib
+import logging
 import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -83,6 +86,27 @@ class Layer:
         if extra >= 0 and page.extrasamples[extra] in _ALPHA:
             return None
         return self.channel, 0 if self.is_rgb and sample < 3 else sample
+
+
+@contextlib.contextmanager
+def open_tiff(path: Path) -> Iterator[TiffFile]:
+    """*path*, open for reading.
+
+    Where tifffile finds an error it logs it and goes on with what is left, so a stack that was cut
+    off would come back as a single plane. Here such a file is rejected, as soon as it is read.
+    """
+    errors = _Errors(logging.ERROR)
+    logger = logging.getLogger("tifffile")
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(errors)
+    try:
+        with TiffFile(path) as tif:
+            if len(tif.series) and len(tif.pages) and errors.found:  # both are read when asked for
+                raise RejectedError(f"the file is damaged: {'; '.join(errors.found)}")
+            yield tif
+    finally:
+        logger.removeHandler(errors)
+        logger.propagate = propagate
 
 
 def layers(tif: TiffFile) -> tuple[list[Layer], list[str]]:
@@ -159,6 +183,17 @@ def pixel_um(tif: TiffFile) -> float | None:
 def _in_um(size: float, unit: str) -> float | None:
     size_um = size * _UM_PER_UNIT.get(unit.lower(), math.nan)
     return size_um if math.isfinite(size_um) and size_um > 0 else None
+
+
+class _Errors(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.found.append(record.getMessage())
 
 
 def _of_series(tif: TiffFile, series: TiffPageSeries) -> list[Layer]:

@@ -55,9 +55,8 @@ def write_layer(writer: TiffWriter, layer: Layer, bands: Iterator[Pixels], label
         options |= {"compression": "zlib", "predictor": True}
     tile = tile_shape(layer)
     stored = layer.dtype.newbyteorder(layer.page.parent.byteorder)
-    bands = (band.astype(stored, copy=False) for band in bands)
     writer.write(
-        _tiles(bands, tile) if tile else np.concatenate(list(bands)).reshape(shape),
+        _tiles(bands, tile, stored) if tile else _whole(bands, shape, stored),
         shape=shape,
         dtype=stored,
         tile=tile,
@@ -103,12 +102,19 @@ def _value(layer: Layer, tag: Any) -> bytes:
     return bytes(file.read(tag.valuebytecount))
 
 
-def _tiles(bands: Iterator[Pixels], tile: tuple[int, int]) -> Iterator[Pixels]:
+def _whole(bands: Iterator[Pixels], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Pixels:
+    return np.concatenate(list(bands)).reshape(shape).astype(dtype, copy=False)
+
+
+def _tiles(
+    bands: Iterator[Pixels], tile: tuple[int, int], dtype: np.dtype[Any]
+) -> Iterator[Pixels]:
     """Bands cut into full tiles, in the order of a TIFF; zeros beyond the picture."""
     for band in bands:
         for y in range(0, band.shape[0], tile[0]):
             for x in range(0, band.shape[1], tile[1]):
                 part = band[y : y + tile[0], x : x + tile[1]]
-                full = np.zeros((*tile, band.shape[2]), band.dtype)
+                full = np.zeros((*tile, band.shape[2]), dtype)
                 full[: part.shape[0], : part.shape[1]] = part
                 yield full if band.shape[2] > 1 else full[..., 0]
+        del band, part  # or this band would live on while the next is computed

@@ -1,7 +1,6 @@
 """`refocus apply`: refocus TIFF files that are already there."""
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +45,6 @@ def run(arguments: argparse.Namespace) -> int:
     from engine.package import find, load
     from engine.runtimes import open_runtime
 
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it finds is raised, too
     package = load(find(arguments.generator))
     runtime = open_runtime(arguments.engine)
     try:
