@@ -17,7 +17,7 @@ from store import ome
 from store.layout import Pair, Place, array_dir, image_dir, replace_file
 from store.planes import PlaneArray
 
-REFOCUSED = "refocused"
+RAW, REFOCUSED = "raw", "refocused"
 
 
 @dataclass
@@ -32,27 +32,19 @@ class _PairOnDisk:
 
     def images(self) -> tuple[ome.Image, ome.Image]:
         """Both images as they are now."""
-        raw = ome.Image(
-            number=2 * self.pair.number,
-            name=f"{self.pair.name} raw".strip(),
-            shape=self.raw.shape,
+        first = 2 * self.pair.number
+        return self._image(first, RAW, self.raw), self._image(first + 1, REFOCUSED, self.refocused)
+
+    def _image(self, number: int, what: str, array: PlaneArray) -> ome.Image:
+        return ome.Image(
+            number=number,
+            name=f"{self.pair.name} {what}".strip(),
+            shape=array.shape,
             dtype=self.pair.form.dtype,
             channels=self.channels,
             pixel_um=self.pair.form.pixel_um,
             z_step_um=self.z_step_um,
         )
-        refocused = ome.Image(
-            number=raw.number + 1,
-            name=f"{self.pair.name} {REFOCUSED}".strip(),
-            shape=self.refocused.shape,
-            dtype=raw.dtype,
-            channels=tuple(
-                channel.renamed(f"{channel.name} {REFOCUSED}") for channel in self.channels
-            ),
-            pixel_um=raw.pixel_um,
-            z_step_um=raw.z_step_um,
-        )
-        return raw, refocused
 
 
 class Images:

@@ -39,10 +39,6 @@ class Channel(msgspec.Struct, frozen=True):
     top: float
     """Largest count that a pixel can hold."""
 
-    def renamed(self, name: str) -> "Channel":
-        """The same channel under another name."""
-        return msgspec.structs.replace(self, name=name)
-
 
 class Image(msgspec.Struct, frozen=True, kw_only=True):
     """One image of the run, raw or refocused."""

@@ -104,13 +104,14 @@ class PlaneArray:
         buffer = self._store.get_sync(_key(t, c, z), prototype=default_buffer_prototype())
         if buffer is None:
             return None
-        content: Pixels = np.asarray(buffer.as_numpy_array())
+        content = buffer.as_numpy_array()
         shape = self.shape[3:]
         wanted = shape[0] * shape[1] * self._dtype.itemsize
         if content.nbytes != wanted:
             path = self._folder / _key(t, c, z)
             raise RunError(f"{path}: {content.nbytes} bytes, a plane has {wanted}; it is damaged")
-        return content.view(self._dtype).reshape(shape)
+        plane: Pixels = content.view(self._dtype).reshape(shape)
+        return plane
 
     def _reshape(self, lengths: tuple[int, int, int]) -> None:
         grown = self._metadata | {"shape": [*lengths, *self._metadata["shape"][3:]]}

@@ -63,7 +63,7 @@ class RunWriter:
         self._refocus: dict[int, RefocusOutcome] = {}
         self._tally: Counter[tuple[int, int]] = Counter()
         self._reasons: dict[str, int] = {}
-        self._generators: list[GeneratorLine] = []
+        self._generators: dict[tuple[str, str], int] = {}
 
     @classmethod
     def create(cls, path: Path, info: RunInfo) -> "RunWriter":
@@ -152,19 +152,21 @@ class RunWriter:
 
     def note_generator(self, package_hash: str, name: str, version: str, runtime: str) -> int:
         """Write down a generator in a runtime; returns its number for `Provenance`."""
-        for known in self._generators:
-            if (known.package_hash, known.runtime) == (package_hash, runtime):
-                return known.number
-        line = GeneratorLine(
-            number=len(self._generators) + 1,
-            package_hash=package_hash,
-            name=name,
-            version=version,
-            runtime=runtime,
+        known = self._generators.get((package_hash, runtime))
+        if known is not None:
+            return known
+        number = len(self._generators) + 1
+        self._line(
+            GeneratorLine(
+                number=number,
+                package_hash=package_hash,
+                name=name,
+                version=version,
+                runtime=runtime,
+            )
         )
-        self._line(line)
-        self._generators.append(line)
-        return line.number
+        self._generators[package_hash, runtime] = number
+        return number
 
     def note_event(self, kind: str, **fields: object) -> None:
         """Write down something that happened beside the frames: a worker died, restarted, ..."""
