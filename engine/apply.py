@@ -14,7 +14,6 @@ over byte for byte.
 A file appears whole or not at all, and never in place of another.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -69,6 +68,7 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True):
     planes: int
     scalings: list[ChannelScaling]
     clipped_px: int
+    """Pixels cut to a limit of the dtype; of layers in tiles, those in two halos count twice."""
     notes: list[str]
 
 
@@ -93,44 +93,55 @@ def refocus_file(
             raise SettingsError(f"{path} exists and stays; choose another --out, or move it away")
     unfinished = target.with_name(f".{target.name}.part")
     try:
-        with open_tiff(source) as tif:
-            found, notes = layers(tif)
-            size_um = pixel_size_um or pixel_um(tif)
-            _check_fit(package, found, size_um, notes)
-            scalings = _scalings(found)
-            notes += _flat(scalings)
-            total_px = sum(_work_px(layer, scalings) for layer in found)
-            job = _Job(package, runtime, scalings, progress, total_px)
-            label = (
-                f"Refocus {version('refocus')}; computed image, refocused by generator "
-                f"{package.manifest.name} {package.manifest.version} ({package.hash})"
-            )
-            with open_writer(unfinished, tif, found) as writer:
-                for layer in found:
-                    write_layer(writer, layer, _bands(layer, job), label)
-        provenance = Provenance(
-            source=source.name,
-            refocus=version("refocus"),
-            generator=package.manifest.name,
-            generator_version=package.manifest.version,
-            generator_sha256=package.hash,
-            runtime=runtime.name,
-            pixel_um=size_um,
-            planes=len(found),
-            scalings=[
-                ChannelScaling(channel=channel, sample=sample, scaling=scaling)
-                for (channel, sample), scaling in sorted(job.scalings.items())
-            ],
-            clipped_px=job.clipped_px,
-            notes=notes,
-        )
+        provenance = _refocus(source, unfinished, package, runtime, pixel_size_um, progress)
         sidecar.write_bytes(msgspec.json.format(msgspec.json.encode(provenance), indent=2))
         unfinished.rename(target)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            unfinished.unlink()
+        for path in (unfinished, sidecar):
+            path.unlink(missing_ok=True)
         raise
     return provenance
+
+
+def _refocus(
+    source: Path,
+    target: Path,
+    package: Package,
+    runtime: Runtime,
+    pixel_size_um: float | None,
+    progress: Progress,
+) -> Provenance:
+    with open_tiff(source) as tif:
+        found, notes = layers(tif)
+        size_um = pixel_size_um or pixel_um(tif)
+        _check_fit(package, found, size_um, notes)
+        scalings = _scalings(found)
+        notes += _flat(scalings)
+        total_px = sum(_work_px(layer, scalings) for layer in found)
+        job = _Job(package, runtime, scalings, progress, total_px)
+        label = (
+            f"Refocus {version('refocus')}; computed image, refocused by generator "
+            f"{package.manifest.name} {package.manifest.version} ({package.hash})"
+        )
+        with open_writer(target, tif, found) as writer:
+            for layer in found:
+                write_layer(writer, layer, _bands(layer, job), label)
+    return Provenance(
+        source=source.name,
+        refocus=version("refocus"),
+        generator=package.manifest.name,
+        generator_version=package.manifest.version,
+        generator_sha256=package.hash,
+        runtime=runtime.name,
+        pixel_um=size_um,
+        planes=len(found),
+        scalings=[
+            ChannelScaling(channel=channel, sample=sample, scaling=scaling)
+            for (channel, sample), scaling in sorted(scalings.items())
+        ],
+        clipped_px=job.clipped_px,
+        notes=notes,
+    )
 
 
 @dataclass
