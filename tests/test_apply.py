@@ -18,7 +18,7 @@ from engine.package import Package
 from engine.runtimes.openvino import OpenVino
 from engine.scaling import derive
 from refocus.cli import apply as command
-from refocus.errors import EngineError, SettingsError
+from refocus.errors import EngineError, PackageError, SettingsError
 from tests import identity_package
 
 RNG = np.random.default_rng(0)
@@ -292,6 +292,18 @@ def test_the_users_pixel_size_wins(
         call([tmp_path / "in.tif"], tmp_path / "out", packages["identity"], "--pixel-size-um=-1")
     assert usage.value.code == 2
     capsys.readouterr()
+
+
+def test_what_stops_it_before_the_first_file(tmp_path: Path, packages: dict[str, Package]) -> None:
+    tifffile.imwrite(tmp_path / "in.tif", GREY)
+    with pytest.raises(SettingsError, match="no folder there"):
+        call([tmp_path / "in.tif"], tmp_path / "in.tif", packages["identity"])
+    with pytest.raises(SettingsError, match="'none' cannot refocus"):
+        call([tmp_path / "in.tif"], tmp_path / "out", packages["identity"], "--engine", "none")
+    altered = identity_package.make(tmp_path / "altered")
+    (altered.folder / "golden.npz").write_bytes(b"")
+    with pytest.raises(PackageError, match="altered"):
+        call([tmp_path / "in.tif"], tmp_path / "out", altered)
 
 
 def call(inputs: list[Path], out: Path, package: Package, *more: str) -> int:

@@ -44,11 +44,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Refocus every input; 1 where any could not be."""
     from engine.package import find, load
     from engine.runtimes import open_runtime
+    from refocus.errors import SettingsError
 
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(
+            f"--out {arguments.out}: no folder there, nor can one be made"
+        ) from error
     package = load(find(arguments.generator))
     runtime = open_runtime(arguments.engine)
     try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
         print(f"computing with {package.manifest.name} on {runtime.name}", file=sys.stderr)
         bad = sum(not _refocus(source, arguments, package, runtime) for source in arguments.inputs)
     finally:
