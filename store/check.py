@@ -6,6 +6,7 @@ something because nobody here wrote it; without it installed (a test dependency)
 "not known", never a guess of our own.
 """
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,8 @@ import msgspec
 
 from refocus.errors import RunError
 from refocus.frame import RawOutcome, RefocusOutcome
-from store.journal import SealLine
+from store.journal import FRAMES, LINES, SealLine
+from store.layout import journal_dir
 from store.reader import FrameEntry, Run, State, open_run
 from store.records import Counts, Kind
 
@@ -117,7 +119,7 @@ def _findings(run: Run) -> Iterator[str]:
         yield f"{counts.failed} raw frames were not saved: {_reasons(run)}"
     if run.damaged_records:
         yield f"{len(run.damaged_records)} journal records are damaged: {run.damaged_records[:5]}"
-    if run.notes.unreadable and run.state != State.LIVE:
+    if run.notes.unreadable:
         yield f"{run.notes.unreadable} lines of the journal cannot be read"
     unknown = sum(frame.header is None for frame in run.frames() if _saved(frame))
     if unknown:
@@ -130,11 +132,22 @@ def _remarks(run: Run) -> Iterator[str]:
         yield f"the last record is torn ({run.torn_bytes} bytes); it acknowledged nothing"
     if run.state == State.LIVE:
         return
+    for name in (FRAMES, LINES):
+        if _ends_torn(journal_dir(run.path) / name):
+            yield f"the last line of {name} is torn; what it spoke of was never acknowledged"
     unacknowledged = sum(frame.raw is None for frame in run.frames())
     if unacknowledged:
         yield f"{unacknowledged} frames came too late to be acknowledged"
     if run.counts.unanswered > 0:
         yield f"{run.counts.unanswered} frames have no refocus outcome"
+
+
+def _ends_torn(path: Path) -> bool:
+    with path.open("rb") as file:
+        if not file.seek(0, os.SEEK_END):
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
 
 
 def _shortfall(counts: Counts, seal: SealLine) -> str:

@@ -67,7 +67,7 @@ class Notes:
     events: list[EventLine] = field(default_factory=list)
     seal: SealLine | None = None
     unreadable: int = 0
-    """Lines cut short by a kill, damaged, or of a newer Refocus."""
+    """Lines that are damaged, or of a newer Refocus."""
 
 
 @dataclass(frozen=True)
@@ -221,10 +221,12 @@ def _read_notes(path: Path) -> Notes:
 
 
 def _lines(path: Path, decoder: "msgspec.json.Decoder[T]") -> Iterator[T | None]:
-    """The lines of a file in order; None for one that cannot be read."""
+    """The lines of a file in order; None for one that cannot be read. A torn tail is left out."""
     with path.open("rb") as file:
         for line in file:
+            if not line.endswith(b"\n"):
+                return
             try:
-                yield decoder.decode(line) if line.endswith(b"\n") else None
+                yield decoder.decode(line)
             except (msgspec.MsgspecError, WireError, UnicodeDecodeError):
                 yield None

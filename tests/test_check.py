@@ -1,0 +1,159 @@
+"""`refocus check`: whole runs pass, every kind of damage is found and said."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from store_runs import frame, pixels, start
+
+from refocus.cli.main import main
+from refocus.frame import RefocusOutcome
+from store.check import check
+from store.records import RECORD_BYTES
+from store.writer import Provenance, RunWriter
+
+FRAMES = 4
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A sealed run: four raw planes, two with a twin, one skipped, one rejected."""
+    writer = fill(start(tmp_path / "run"))
+    writer.close(complete=True, expected_frames=FRAMES)
+    return tmp_path / "run"
+
+
+def fill(writer: RunWriter) -> RunWriter:
+    made = Provenance(
+        generator=writer.note_generator("0123456789abcdef", "fluorescence", "1.2", "openvino"),
+        latency_ns=1,
+    )
+    for seq in range(FRAMES):
+        writer.write_raw(frame(seq, {"time": seq}), {"seq": seq})
+    writer.write_refocused(0, pixels(10), made)
+    writer.write_refocused(3, pixels(13), made)
+    writer.book_refocus(1, RefocusOutcome.SKIPPED, "busy")
+    writer.book_refocus(2, RefocusOutcome.REJECTED, "pixel size")
+    return writer
+
+
+def as_json(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
+    code = main(["check", str(path), "--json"])
+    answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return code, answer
+
+
+def test_a_whole_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert as_json(run, capsys) == (
+        0,
+        {
+            "state": "complete",
+            "raw": {"acknowledged": 4, "readable": 4, "damaged": 0},
+            "refocus": {
+                "refocused": 2,
+                "skipped": 1,
+                "late": 0,
+                "lost": 0,
+                "rejected": 1,
+                "failed": 0,
+            },
+            "generator": "fluorescence 1.2 (0123456789ab)",
+            "valid_ome_zarr": True,
+        },
+    )
+    assert main(["check", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "complete" in said
+    assert "4 saved, 4 read back unchanged, 0 damaged" in said
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def plane(run: Path, image: int = 0) -> Path:
+    return run / str(image) / "0" / "c.0.0.0.0.0"
+
+
+def flip(path: Path, byte: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[byte] ^= 0x10
+    path.write_bytes(content)
+
+
+DAMAGE: list[tuple[Callable[[Path], object], int, str]] = [
+    (lambda run: flip(plane(run), 100), 1, "does not fit its checksum"),
+    (lambda run: plane(run).unlink(), 1, "not there any more"),
+    (lambda run: plane(run).write_bytes(b"short"), 1, "5 bytes, a plane has"),
+    (lambda run: (run / "0/0/zarr.json").write_text("{"), 4, "cannot be read as a run's array"),
+    (lambda run: flip(plane(run, 1), 0), 0, "does not fit its checksum"),
+    (lambda run: (run / "1/zarr.json").unlink(), 0, "not a valid OME-Zarr"),
+    (lambda run: flip(run / "journal/outcomes.bin", 5 * RECORD_BYTES), 0, "records are damaged"),
+    (lambda run: (run / "journal/frames.jsonl").write_text("{}\n"), 0, "header and tags"),
+    (lambda run: flip(run / "journal/run.jsonl", 0), 0, "lines of the journal cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("damage", "planes", "finding"), DAMAGE)
+def test_damage_is_found(
+    run: Path, damage: Callable[[Path], object], planes: int, finding: str
+) -> None:
+    damage(run)
+    report = check(run)
+    assert report.raw.damaged == planes
+    assert report.raw.acknowledged == report.raw.readable + planes
+    assert any(finding in found for found in report.findings), report.findings
+    assert main(["check", str(run)]) == 1
+
+
+def test_a_shape_that_hides_planes_is_found(run: Path) -> None:
+    path = run / "0/0/zarr.json"
+    path.write_bytes(path.read_bytes().replace(b"4,", b"1,", 1))
+    assert check(run).raw.damaged == 3
+
+
+def test_a_journal_that_is_none_is_one_finding(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flip(run / "journal/outcomes.bin", 0)
+    assert main(["check", str(run)]) == 1
+    assert "not a journal's" in capsys.readouterr().err
+
+
+def test_a_live_run_and_one_with_a_failed_frame(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    writer = fill(start(tmp_path / "run"))
+    assert as_json(tmp_path / "run", capsys)[1]["state"] == "live"
+    assert main(["check", str(tmp_path / "run")]) == 0
+    writer.book_raw_failed(FRAMES, "the raw queue was full")
+    writer.close(complete=True, expected_frames=FRAMES + 1)
+    assert main(["check", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().out
+    assert "4 raw planes saved of 5" in said
+    assert "1 raw frames were not saved: 1 x the raw queue was full" in said
+
+
+def test_torn_tails_are_said_and_are_no_loss(run: Path) -> None:
+    for name in ("outcomes.bin", "frames.jsonl", "run.jsonl"):
+        with (run / "journal" / name).open("ab") as file:
+            file.write(b'{"to')
+    report = check(run)
+    assert not report.findings
+    assert report.remarks == (
+        "the last record is torn (4 bytes); it acknowledged nothing",
+        "the last line of frames.jsonl is torn; what it spoke of was never acknowledged",
+        "the last line of run.jsonl is torn; what it spoke of was never acknowledged",
+    )
+
+
+def test_an_empty_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start(tmp_path / "run").close(complete=True, expected_frames=0)
+    code, answer = as_json(tmp_path / "run", capsys)
+    assert (code, answer["state"], answer["valid_ome_zarr"]) == (0, "empty", None)
+
+
+def test_no_run_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (tmp_path, tmp_path / "nothing"):
+        assert main(["check", str(path)]) == 2
+        assert f"{path}: not a run" in capsys.readouterr().err

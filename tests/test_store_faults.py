@@ -1,0 +1,218 @@
+"""What a kill and a full disk may cost: nothing that was acknowledged, and it is said at once."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaozarrs
+import zarr
+from store_runs import SHAPE, file_size_limit, frame, pixels, start
+
+from refocus.errors import RunError
+from refocus.frame import RefocusOutcome
+from store.check import check
+from store.lock import WriterLock, is_held
+from store.reader import State, open_run
+from store.records import Kind
+from store.writer import Provenance
+
+TWIN = 1_000_000
+"""A refocused plane has the pixels of this seq further on."""
+
+
+def write_for_ever(path: Path) -> None:
+    """The child's work: frames and twins, each announced once it is acknowledged."""
+    run = start(path)
+    generator = run.note_generator("hash", "identity", "1", "numpy")
+    seq = 0
+    while True:
+        axes = {"time": seq // 12, "z": seq % 3, "position": seq // 3 % 2, "channel": seq // 6 % 2}
+        run.write_raw(
+            frame(seq, {**axes, "channel": f"c{axes['channel']}"}, z_um=float(seq % 3)), {}
+        )
+        os.write(1, f"raw {seq}\n".encode())
+        run.write_refocused(seq, pixels(TWIN + seq), Provenance(generator=generator, latency_ns=1))
+        os.write(1, f"refocus {seq}\n".encode())
+        seq += 1
+
+
+def killed_run(path: Path, acknowledged: int, delay_s: float) -> list[tuple[Kind, int]]:
+    """Kill -9 a writer some time after so many acknowledgements; returns all that it made."""
+    child = subprocess.Popen(
+        [sys.executable, __file__, str(path)], stdout=subprocess.PIPE, env=os.environ, text=True
+    )
+    assert child.stdout is not None
+    with child, child.stdout as lines:
+        said = [next(lines) for _ in range(acknowledged)]
+        time.sleep(delay_s)
+        child.kill()
+        said += lines
+    whole = (line.split() for line in said if line.endswith("\n"))
+    return [(Kind[kind.upper()], int(seq)) for kind, seq in whole]
+
+
+def assert_nothing_lost(path: Path, acknowledged: list[tuple[Kind, int]]) -> None:
+    """Every acknowledged plane reads back, by us and by zarr, in a run that is still valid."""
+    run = open_run(path)
+    assert run.state == State.INCOMPLETE
+    for kind, seq in acknowledged:
+        found, wanted = run.raw(seq), pixels(seq)
+        if kind == Kind.REFOCUS:
+            found, wanted = run.refocused(seq), pixels(TWIN + seq)
+        np.testing.assert_array_equal(found, wanted, strict=True)
+        record = run.record(seq, kind)
+        assert record is not None
+        array = zarr.open_array(path / str(record.image) / "0", mode="r")
+        np.testing.assert_array_equal(array[record.t, record.c, record.z], wanted)
+    report = check(path)
+    assert report.raw.damaged == 0
+    assert report.raw.acknowledged >= sum(kind == Kind.RAW for kind, _ in acknowledged)
+    assert report.valid_ome_zarr
+    assert report.findings == ("the run is incomplete: its writer ended without closing it",)
+
+
+def kill_at_random(path: Path, times: int) -> None:
+    for number in range(times):
+        chance = random.Random(number)
+        run = path / str(number)
+        acknowledged = killed_run(run, chance.randint(1, 60), chance.uniform(0.0, 0.004))
+        assert_nothing_lost(run, acknowledged)
+
+
+def test_kill_9_costs_nothing_acknowledged(tmp_path: Path) -> None:
+    kill_at_random(tmp_path, times=5)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_kill_9_costs_nothing_acknowledged_often(tmp_path: Path) -> None:
+    kill_at_random(tmp_path, times=200)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"a small file system cannot be mounted here: {error}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_is_said_at_once_and_costs_nothing_acknowledged(small_disk: Path) -> None:
+    shape = (150, 200)  # 60 kB: 1 MiB holds some 15
+    run = start(small_disk / "run")
+    saved = 0
+    with pytest.raises(RunError, match="No space left"):
+        for saved in range(25):
+            run.write_raw(frame(saved, {"time": saved}, shape), {})
+    for seq in range(saved + 1, 25):
+        with pytest.raises(RunError, match=f"frame {seq}: not saved"):
+            run.write_raw(frame(seq, {"time": seq}, shape), {})
+    assert saved > 10
+    assert_run_opens(small_disk / "run", saved=saved, shape=shape)
+
+    (small_disk / "run" / "0" / "0" / "c.0.0.0.0.0").unlink()  # room for the seal and one plane
+    run.write_raw(frame(25, {"time": 30}, shape), {})
+    counts = run.close(complete=True, expected_frames=26)
+    assert (counts.saved, counts.failed) == (saved + 1, 25 - saved)
+    found = open_run(small_disk / "run")
+    assert found.state == State.INCOMPLETE
+    assert found.counts == counts
+
+
+def assert_run_opens(path: Path, saved: int, shape: tuple[int, int] = SHAPE) -> None:
+    """Whatever is acknowledged is there, in a valid run."""
+    run = open_run(path)
+    assert run.counts.saved == saved
+    for seq in range(saved):
+        np.testing.assert_array_equal(run.raw(seq), pixels(seq, shape))
+    yaozarrs.validate_zarr_store(str(path))
+
+
+def test_an_outcome_that_cannot_be_booked_is_booked_later(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    run = start(path)
+    run.write_raw(frame(0, {"time": 0}), {})
+    with file_size_limit((path / "journal" / "outcomes.bin").stat().st_size + 10):
+        with pytest.raises(RunError, match="frame 1: not saved"):
+            run.write_raw(frame(1, {"time": 1}), {})
+        run.book_refocus(1, RefocusOutcome.SKIPPED, "no room for the reason either")
+        assert_run_opens(path, saved=1)
+        assert open_run(path).torn_bytes == 0
+    run.write_raw(frame(2, {"time": 2}), {})
+    found = open_run(path)
+    assert [record.seq for record in found.records(Kind.RAW)] == [0, 1, 2]
+    assert (found.counts.saved, found.counts.failed, found.counts.skipped) == (2, 1, 1)
+    run.close(complete=True, expected_frames=3)
+
+
+def test_a_run_that_cannot_be_sealed_says_so_and_is_incomplete(tmp_path: Path) -> None:
+    run = start(tmp_path / "run")
+    run.write_raw(frame(0, {"time": 0}), {})
+    with file_size_limit(100), pytest.raises(RunError, match="not sealed"):
+        run.close(complete=True, expected_frames=1)
+    assert open_run(tmp_path / "run").state == State.INCOMPLETE
+    assert_run_opens(tmp_path / "run", saved=1)
+
+
+def test_an_image_that_cannot_be_made_costs_its_own_frames_only(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    run = start(path)
+    run.write_raw(frame(0, {"time": 0, "position": "A"}), {})
+    (path / "2").write_text("a file where a folder must be")
+    for seq in (1, 2):
+        with pytest.raises(RunError, match=f"frame {seq}: not saved"):
+            run.write_raw(frame(seq, {"time": seq, "position": "B"}), {})
+        yaozarrs.validate_zarr_store(str(path))
+    run.write_raw(frame(3, {"time": 1, "position": "A"}), {})
+    (path / "2").unlink()
+    run.write_raw(frame(4, {"time": 4, "position": "C"}), {})
+    run.write_raw(frame(5, {"time": 5, "position": "B"}), {})
+    counts = run.close(complete=True, expected_frames=6)
+    yaozarrs.validate_zarr_store(str(path))
+    assert (counts.saved, counts.failed) == (4, 2)
+    found = open_run(path)
+    records = [found.record(seq, Kind.RAW) for seq in (0, 3, 4, 5)]
+    assert [record.image for record in records if record] == [0, 0, 4, 2]
+    np.testing.assert_array_equal(found.raw(5), pixels(5))
+
+
+def test_a_refocused_plane_that_fails_leaves_raw_alone(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    run = start(path)
+    run.write_raw(frame(0, {"time": 0}), {})
+    made = Provenance(generator=run.note_generator("h", "n", "1", "r"), latency_ns=1)
+    (path / "1" / "0" / "c.0.0.0.0.0").mkdir()
+    with pytest.raises(RunError, match="refocused plane not saved"):
+        run.write_refocused(0, pixels(1), made)
+    run.write_raw(frame(1, {"time": 1}), {})
+    counts = run.close(complete=True, expected_frames=2)
+    assert (counts.saved, counts.refocus_failed) == (2, 1)
+    assert_run_opens(path, saved=2)
+
+
+def test_one_writer_a_run_and_readers_know_of_it(tmp_path: Path) -> None:
+    run = start(tmp_path / "run")
+    lock = tmp_path / "run" / "journal" / "writer.lock"
+    assert is_held(lock)
+    assert is_held(lock)  # looking takes nothing
+    with pytest.raises(RunError, match="another writer"):
+        WriterLock(lock)
+    run.close(complete=True, expected_frames=None)
+    assert not is_held(lock)
+    WriterLock(lock).release()
+
+
+if __name__ == "__main__":
+    write_for_ever(Path(sys.argv[1]))
