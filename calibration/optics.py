@@ -149,7 +149,7 @@ def _pupil(
     waves = (
         waves + aberrations.astigmatism_0 * (x * x - y * y) + aberrations.astigmatism_45 * 2 * x * y
     )
-    pupil: npt.NDArray[np.complex64] = np.where(rho2 <= 1, np.sqrt(cosine), 0) * np.exp(
-        2j * np.pi * waves
-    )
-    return pupil.astype(np.complex64)
+    # The rim passes through samples: counted whole they would widen a coarse pupil by half of one.
+    radius = cut_off * side * step_um
+    inside = np.clip((1 - np.sqrt(rho2)) * radius + 0.5, 0, 1)
+    return np.asarray(inside * np.sqrt(cosine) * np.exp(2j * np.pi * waves), np.complex64)

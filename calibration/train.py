@@ -29,6 +29,9 @@ from calibration.weights import load_checkpoint, save_checkpoint
 from engine.generators.light import Light
 from refocus.errors import SettingsError
 
+CHECKPOINT = "checkpoint.safetensors"
+SETTINGS = "settings.json"
+LOG = "log.csv"
 CHECKPOINT_MIN = 3.0
 VALIDATION_BATCHES = 10
 LOG_COLUMNS = (
@@ -76,24 +79,30 @@ class Progress:
         return min(1.0, self.minutes / settings.minutes)
 
 
-def train(data: Path, out: Path, settings: Settings, *, resume: bool = False) -> Path:
+def train(data: Path, out: Path, settings: Settings) -> Path:
     """Train to the end of the schedule; returns the path of the last checkpoint."""
+    if (out / CHECKPOINT).exists():
+        raise SettingsError(f"train: {out} holds a training; go on with --resume or change --out")
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "checkpoint.safetensors"
-    if path.exists() != resume:
-        raise SettingsError(
-            f"train: {path} {'is there' if path.exists() else 'is not there'}; "
-            f"{'add --resume or take another --out' if path.exists() else 'leave --resume out'}"
-        )
-    settings_path = out / "settings.json"
-    if resume:
-        settings = msgspec.json.decode(settings_path.read_bytes(), type=Settings)
-    settings_path.write_bytes(msgspec.json.format(msgspec.json.encode(settings)))
+    (out / SETTINGS).write_bytes(msgspec.json.format(msgspec.json.encode(settings)))
+    _write_row(out / LOG, None)
+    return _train(data, out, settings)
 
+
+def resume(data: Path, out: Path) -> Path:
+    """Go on with the training in *out*, with the settings and the schedule it began with."""
+    try:
+        settings = msgspec.json.decode((out / SETTINGS).read_bytes(), type=Settings)
+    except (OSError, msgspec.DecodeError) as error:
+        raise SettingsError(f"train: {out} holds no training to resume: {error}") from error
+    return _train(data, out, settings)
+
+
+def _train(data: Path, out: Path, settings: Settings) -> Path:
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     network = Light().to(settings.device)
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs
     average = copy.deepcopy(network).eval()
     optimiser = torch.optim.AdamW(
         network.parameters(),
@@ -102,11 +111,10 @@ def train(data: Path, out: Path, settings: Settings, *, resume: bool = False) ->
         weight_decay=settings.weight_decay,
         fused=True,
     )
+    path = out / CHECKPOINT
     progress = Progress()
-    if resume:
+    if path.exists():
         progress = Progress(**load_checkpoint(path, network, average, optimiser))
-    else:
-        _write_row(out / "log.csv", dict.fromkeys(LOG_COLUMNS), header=True)
 
     sources = load_sources(data, held_out=False, specimens=settings.specimens, seed=settings.seed)
     bank = build_bank(settings.objectives, settings.seed)
@@ -141,7 +149,7 @@ def train(data: Path, out: Path, settings: Settings, *, resume: bool = False) ->
             figures |= {"step": progress.step, "minutes": progress.minutes, "loss": running_loss}
             figures["learning_rate"] = rate
             figures["loader_share"] = loader_s / 60 / (progress.minutes - saved_min)
-            _write_row(out / "log.csv", figures)
+            _write_row(out / LOG, figures)
             state = {"step": progress.step, "minutes": progress.minutes}
             save_checkpoint(path, network, average, optimiser, state)
             loader_s, saved_min = 0.0, progress.minutes
@@ -215,12 +223,12 @@ def _residual(picture: Tensor, truth: Tensor) -> Tensor:
     return ((fit * a - b) ** 2).mean((1, 2, 3)).clamp(1e-9)
 
 
-def _write_row(path: Path, figures: dict[str, Any], *, header: bool = False) -> None:
-    with path.open("w" if header else "a", newline="") as file:
+def _write_row(path: Path, figures: dict[str, Any] | None) -> None:
+    """Append a row; None begins the file anew."""
+    with path.open("a" if figures else "w", newline="") as file:
         writer = csv.DictWriter(file, LOG_COLUMNS)
-        if header:
+        if figures is None:
             writer.writeheader()
         else:
-            writer.writerow(
-                {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in figures.items()}
-            )
+            rounded = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in figures.items()}
+            writer.writerow(rounded)

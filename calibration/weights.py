@@ -42,9 +42,13 @@ def load_checkpoint(
     tensors, state = _read(path)
     network.load_state_dict(_under(tensors, "network."))
     average.load_state_dict(_under(tensors, "average."))
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
     moments: dict[int, dict[str, Tensor]] = {}
     for name, tensor in _under(tensors, "optimiser.").items():
         number, moment = name.split(".", 1)
+        like = parameters[int(number)]
+        if tensor.shape == like.shape:  # the fused optimiser wants moments in their weight's layout
+            tensor = torch.empty_like(like).copy_(tensor)
         moments.setdefault(int(number), {})[moment] = tensor
     groups = optimiser.state_dict()["param_groups"]
     optimiser.load_state_dict({"state": moments, "param_groups": groups})

@@ -60,11 +60,12 @@ def export(network: Light) -> bytes:
     del model.metadata_props[:]  # the exporter's notes, with paths of this machine
     for node in model.graph.node:
         del node.metadata_props[:]
-    _verify(model, plain)
+    verify(model, plain)
     return bytes(model.SerializeToString())
 
 
-def _verify(model: onnx.ModelProto, network: Light) -> None:
+def verify(model: onnx.ModelProto, network: Light) -> None:
+    """Raises PackageError where *model* does not compute what *network* does."""
     onnx.checker.check_model(model)
     evaluator = ReferenceEvaluator(model)
     rng = np.random.default_rng(0)

@@ -1,0 +1,155 @@
+"""From a finished training to a model package: weights, ONNX master, golden planes, manifest.
+
+What the manifest claims is taken from where it is true: the settings that the training stored, the
+files it read (hashed again here), the range of objectives it drew, and figures measured now on the
+real stacks, with the package itself through a runtime. A generator whose training was cut short
+cannot be published as if it had run to its end.
+
+Golden planes are simulated, so a package holds no one's picture.
+"""
+
+import platform
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from safetensors.torch import save
+
+from calibration.dataset import training_files
+from calibration.evaluate import FLUORESCENCE, evaluate, read_stacks, summarise
+from calibration.objectives import training_range
+from calibration.optics import Optics, blur, depth_of_field_um, psf
+from calibration.simulate import Camera, beads, expose, mixed, nuclei
+from calibration.train import Settings
+from calibration.weights import load_average
+from engine.generators.light import Light
+from engine.package import (
+    GOLDEN,
+    ONNX,
+    WEIGHTS,
+    Golden,
+    Manifest,
+    Package,
+    Training,
+    encode_golden,
+    write,
+)
+from engine.runtimes import open_runtime
+from engine.scaling import derive, to_counts, to_network
+from engine.to_onnx import export
+from refocus.errors import PackageError
+
+
+def publish(run: Path, data: Path, out: Path, name: str, version: str) -> Package:
+    """Write the generator of the training in *run* as a package at *out*, which must not exist.
+
+    *data* holds the training pictures (in-focus/) and the real stacks that it is measured on.
+    Raises PackageError where the training has not reached its end.
+    """
+    settings = msgspec.json.decode((run / "settings.json").read_bytes(), type=Settings)
+    weights, state = load_average(run / "checkpoint.safetensors")
+    network = Light()
+    network.load_state_dict(weights)
+    network.eval()
+    share = (
+        state["step"] / settings.steps if settings.steps else state["minutes"] / settings.minutes
+    )
+    if share < 1:
+        raise PackageError(
+            f"{run}: the training is at {share:.0%} of its schedule; go on with it: "
+            f"refocus train --out {run.name} --resume"
+        )
+    manifest = _manifest(network, settings, state, data, name, version)
+    files = {
+        WEIGHTS: save({key: tensor.contiguous() for key, tensor in weights.items()}),
+        ONNX: export(network),
+        GOLDEN: encode_golden(_golden(network)),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        trial = write(Path(folder) / name, manifest, files)
+        metrics = _measure(trial, data)
+    return write(out, msgspec.structs.replace(manifest, metrics=metrics), files)
+
+
+def _manifest(
+    network: Light, settings: Settings, state: dict[str, Any], data: Path, name: str, version: str
+) -> Manifest:
+    covered = training_range(settings.objectives, settings.seed)
+    defaults = Settings(steps=1)
+    options = [
+        f"--{key} {getattr(settings, key)}"
+        for key in ("seed", "threads", "device")
+        if getattr(settings, key) != getattr(defaults, key)
+    ]
+    command = ["refocus train --data DATA --out OUT", f"--steps {state['step']}", *options]
+    return Manifest(
+        name=name,
+        version=version,
+        architecture="light",
+        arguments=network.arguments,
+        stride=network.stride,
+        halo_px=network.reach_px(),
+        modality="fluorescence",
+        pixel_um=covered.pixel_um,
+        defocus_um=covered.defocus_um,
+        defocus_dof=covered.defocus_dof,
+        training=Training(
+            command=" ".join(command),
+            files=tuple(training_files(data)),
+            notes={
+                "steps": state["step"],
+                "minutes": round(state["minutes"], 1),
+                "threads": settings.threads,
+                "machine": platform.machine(),
+                "torch": torch.__version__,
+            },
+        ),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _measure(package: Package, data: Path) -> dict[str, Any]:
+    runtime = open_runtime("openvino")
+    try:
+        rows = list(evaluate(package, runtime, data, read_stacks(data, FLUORESCENCE)))
+    finally:
+        runtime.close()
+    stacks = {
+        stack: msgspec.structs.asdict(summarise([row for row in rows if row.stack == stack]))
+        for stack in dict.fromkeys(row.stack for row in rows)
+    }
+    figures = {"all": msgspec.structs.asdict(summarise(rows)), **stacks}
+    return {
+        "command": f"refocus evaluate {package.manifest.name} --data DATA",
+        "runtime": runtime.name,
+        "through-focus": {k: {n: round(v, 4) for n, v in f.items()} for k, f in figures.items()},
+    }
+
+
+def _golden(network: Light) -> list[Golden]:
+    """Simulated planes, out of focus and in it, 8 and 16 bits, with PyTorch's float32 answers."""
+    rng = np.random.default_rng(0)
+    optics = Optics(na=0.75, immersion_index=1.0, wavelength_um=0.52, pixel_um=0.325)
+    # (specimen, defocus in depths of field, peak electrons, bits)
+    wanted = ((nuclei, 3.0, 2000, 16), (mixed, 1.5, 300, 8), (beads, 0.0, 500_000, 16))
+    planes = []
+    for draw, dof, peak_e, bits in wanted:
+        density = draw(rng, (128, 160))
+        seen = blur(density, psf(optics, dof * depth_of_field_um(optics)))
+        gain = peak_e / (200 if bits == 8 else 20_000)
+        camera = Camera(
+            gain_e_per_count=gain, offset_counts=10 if bits == 8 else 100, bit_depth=bits
+        )
+        counts = expose(rng, np.clip(seen / seen.max(), 0, None) * np.float32(peak_e), camera)
+        pixels = counts.astype(np.uint8 if bits == 8 else np.uint16)
+        scaling = derive([pixels])
+        assert scaling is not None  # none of these planes is flat
+        with torch.inference_mode():
+            plane = torch.from_numpy(to_network(pixels, scaling))[None, None]
+            answer, _ = to_counts(network(plane)[0, 0].numpy(), scaling, pixels.dtype)
+        planes.append(Golden(pixels=pixels, scaling=scaling, answer=answer))
+    return planes
