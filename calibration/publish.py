@@ -105,7 +105,7 @@ def _manifest(
                 "minutes": round(state["minutes"], 1),
                 "threads": settings.threads,
                 "machine": platform.machine(),
-                "torch": torch.__version__,
+                "torch": str(torch.__version__),
             },
         ),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
