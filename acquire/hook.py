@@ -2,9 +2,8 @@
 
 These functions run on Micro-Manager's threads, and what goes wrong in them goes wrong in the user's
 experiment: an exception aborts the acquisition or hangs it for ever, a hook that returns None
-instead of its event cancels all that is left, without a word. So nothing raises through a hook,
-everything heavy happens elsewhere, and whatever fails here becomes a frame booked FAILED and a line
-of trouble.
+instead of its event cancels all that is left, without a word. So nothing raises through a hook, and
+everything that takes time or can fail happens behind the intake.
 
 The two ways in which Refocus stops an acquisition are both loud: the raw queue stays full (the disk
 cannot keep up), or the recorder is told to stop. Then the event hooks return None, which is
@@ -19,11 +18,8 @@ from typing import Any, TypeVar
 
 import numpy.typing as npt
 
-from acquire import header
-from acquire.header import Hardware
-from acquire.intake import Arrival, Intake
-from refocus.errors import RefocusError
-from refocus.frame import Frame
+from acquire.header import UNKNOWN, Hardware
+from acquire.intake import Intake
 
 log = logging.getLogger(__name__)
 
@@ -34,40 +30,40 @@ MAX_STAGE_READINGS = 100_000
 
 
 class Hook:
-    """The callbacks of one run. Frames are numbered in the order in which they arrive here."""
+    """The callbacks of one run."""
 
     def __init__(
         self,
         intake: Intake,
-        run: str,
         *,
         read_hardware: Callable[[], Hardware] | None = None,
         micromanager_saves: bool = False,
         on_trouble: Callable[[str], None] = log.error,
     ) -> None:
         self._intake = intake
-        self._run = run
         self._read_hardware = read_hardware
         self._micromanager_saves = micromanager_saves
         self._on_trouble = on_trouble
         self._hardware: dict[frozenset[tuple[str, Any]], Hardware] = {}
-        self._seq = 0
         self.stopping = threading.Event()
         """Set it to end the acquisition after the events that are already under way."""
         self.events: int | None = None
         """Events submitted so far; None where `event` was not among the acquisition's hooks."""
 
     def event(self, event: Event) -> Event | None:
-        """event_generation_hook_fn: counts one submitted frame."""
+        """event_generation_hook_fn: counts one submitted image."""
         self.events = (self.events or 0) + 1
         return self._go_on(event)
 
     def hardware(self, event: Event | list[Event]) -> Event | list[Event] | None:
-        """post_hardware_hook_fn: reads the stage, once for a frame or a whole hardware sequence."""
+        """post_hardware_hook_fn: reads the stage, once for an image or a whole hardware sequence.
+
+        Images come later and on another thread, so a reading is kept under the axes it is for.
+        """
         if self._read_hardware is not None:
             try:
                 reading = self._read_hardware()
-            except Exception as error:  # noqa: BLE001 - whatever the core raises must not pass a hook
+            except Exception as error:  # noqa: BLE001 - whatever the core raises must not pass
                 self._on_trouble(f"stage and camera could not be read: {error}")
             else:
                 if len(self._hardware) > MAX_STAGE_READINGS:
@@ -79,46 +75,23 @@ class Hook:
     def image(
         self, image: npt.NDArray[Any], metadata: dict[str, Any]
     ) -> tuple[npt.NDArray[Any], dict[str, Any]] | None:
-        """image_process_fn: stamps the frame and enqueues a reference to it.
+        """image_process_fn: stamps the image and enqueues a reference to it.
 
         Returns None where Refocus is the writer, and what it was given where Micro-Manager saves
         as well.
         """
         hook_time_ns, wall_time_ns = time.monotonic_ns(), time.time_ns()
-        first = self._seq
         try:
-            self._take(image, metadata, wall_time_ns, hook_time_ns)
-        except Exception as error:  # noqa: BLE001 - an exception here would abort the experiment
-            if self._seq == first:  # not one plane got through: the exposure still counts as one
-                self._intake.refuse(self._next(), str(error))
-            known = isinstance(error, RefocusError)
-            self._on_trouble(str(error) if known else f"frame {first}: {error!r}")
-        return (image, metadata) if self._micromanager_saves else None
-
-    def _take(
-        self,
-        image: npt.NDArray[Any],
-        metadata: Mapping[str, Any],
-        wall_time_ns: int,
-        hook_time_ns: int,
-    ) -> None:
-        hardware = self._hardware.pop(_key(metadata.get("Axes")), header.UNKNOWN)
-        for suffix, pixels in header.split(image, metadata, hardware).items():
-            pixels.flags.writeable = False
-            built = header.build(
-                metadata,
-                pixels,
-                suffix,
-                hardware,
-                run=self._run,
-                seq=self._seq,
-                wall_time_ns=wall_time_ns,
-                hook_time_ns=hook_time_ns,
-            )
-            self._next()
-            arrival = Arrival(Frame(built, pixels), dict(metadata))
-            if not self._intake.put(arrival, may_wait=not self.stopping.is_set()):
+            tags = dict(metadata or {})  # Micro-Manager goes on to change its own
+            hardware = self._hardware.pop(_key(tags.get("Axes")), UNKNOWN)
+            waits = not self.stopping.is_set()
+            if not self._intake.put(
+                image, tags, hardware, wall_time_ns, hook_time_ns, may_wait=waits
+            ):
                 self._overflow()
+        except Exception as error:  # noqa: BLE001 - an exception here would abort the experiment
+            self._on_trouble(f"an image could not be taken: {error!r}")
+        return (image, metadata) if self._micromanager_saves else None
 
     def _overflow(self) -> None:
         if not self.stopping.is_set():
@@ -132,10 +105,6 @@ class Hook:
 
     def _go_on(self, event: E) -> E | None:
         return None if self.stopping.is_set() else event
-
-    def _next(self) -> int:
-        self._seq += 1
-        return self._seq - 1
 
 
 def _key(axes: Mapping[str, Any] | None) -> frozenset[tuple[str, Any]]:

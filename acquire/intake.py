@@ -1,32 +1,48 @@
-"""The two queues behind the hook: the trunk that may not lose a frame, the branch that may.
+"""The queues behind the hook: the trunk that may not lose a frame, the branch that may.
 
 The hook's thread is Micro-Manager's image thread; what it costs there delays the camera. So `put`
-takes no lock and makes no system call: a SimpleQueue, a deque, and counters with one writing thread
-each. (A system call gives up Python's interpreter lock, and getting it back can take 5 ms.)
+takes no lock, makes no system call and looks at nothing but the size of the image. (A system call
+gives up Python's interpreter lock, and getting it back can take 5 ms and more.) The intake's own
+thread does the rest: it builds the headers, numbers the frames and hands each to both sides.
 
 Policies, one a queue:
-  trunk   every frame, in order, to the writer. Bounded in bytes. Full: `put` waits up to
-          raw_stall_ms, then reports False, and the hook stops the acquisition loudly.
-  branch  the newest few frames, to the link. Full: the oldest leaves and is booked SKIPPED.
-  answers what the link says became of a frame, to the writer. Refocused planes are bounded by the
-          link, which sends no frame while many wait; a raw frame always goes first.
+  trunk    every frame, in order, to the writer. Bounded in bytes. Full: `put` waits up to
+           raw_stall_ms, then the frame is booked FAILED and the acquisition is stopped loudly.
+  branch   the newest few frames, to the link. Full: the oldest leaves and is booked SKIPPED.
+  answers  what the link says became of a frame, to the writer. Refocused planes are bounded by the
+           link, which sends no frame while many wait; a raw frame always goes first.
 
-The doorbell is how the link, which sleeps in a ZeroMQ poll, learns of a new frame: a thread of its
-own turns the hook's note into a byte on a socket, so that the hook makes no system call.
+Every counter here has one thread that writes it; together they need no lock.
 """
 
-import contextlib
 import queue
-import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+import numpy.typing as npt
+
+from acquire import header
+from acquire.header import Hardware
+from refocus.errors import RefocusError
 from refocus.frame import Frame, Pixels, RefocusOutcome
 from store.writer import RunWriter
+
+
+@dataclass(frozen=True, slots=True)
+class Exposure:
+    """What the hook got, as it got it. *refused*: why it was not taken, empty where it was."""
+
+    image: npt.NDArray[Any]
+    metadata: Mapping[str, Any]
+    hardware: Hardware
+    wall_time_ns: int
+    hook_time_ns: int
+    weight_bytes: int
+    refused: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +51,8 @@ class Arrival:
 
     frame: Frame
     tags: Mapping[str, Any]
+    weight_bytes: int
+    """Its share of the raw queue."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +61,7 @@ class Refused:
 
     seq: int
     reason: str
+    weight_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,58 +99,80 @@ Note = Callable[[RunWriter], object]
 Item = Arrival | Refused | Answer | Note
 
 
-@dataclass
 class Intake:
     """Hands frames from the hook's thread to the writer's and the link's.
 
-    Each method names the thread that may call it. Counters have one writing thread each.
+    Each method names the thread that may call it. *on_trouble* hears, from the intake's thread,
+    why a frame cannot be read.
     """
 
-    raw_queue_bytes: int
-    raw_stall_ms: int
-    slot_frames: int
-    no_engine: str = ""
-    """Why there is no engine; every frame is then booked SKIPPED at once with this reason."""
+    def __init__(
+        self,
+        run: str,
+        *,
+        raw_queue_bytes: int,
+        raw_stall_ms: int,
+        slot_frames: int,
+        on_trouble: Callable[[str], None],
+    ) -> None:
+        self._run = run
+        self._raw_queue_bytes = raw_queue_bytes
+        self._raw_stall_ms = raw_stall_ms
+        self._slot_frames = slot_frames
+        self._on_trouble = on_trouble
+        self.no_engine = ""
+        """Why there is no engine; every frame is then booked SKIPPED with this reason."""
+        self.ring: Callable[[], None] = lambda: None
+        """Wakes the link, which sleeps in a ZeroMQ poll; the intake's thread calls it."""
+        self.exposures = 0
+        """Images that the hook got, taken or not (hook's thread)."""
+        self.received = 0
+        """Frames they became: a colour image is three (intake's thread)."""
+        self.high_water_bytes = 0
+        self._bytes_in = 0
+        self._bytes_out = 0
+        self._planes_in = 0
+        self._planes_out = 0
+        self._exposures: queue.SimpleQueue[Exposure | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
+        self._deferred: deque[Answer] = deque()
+        self._slot: deque[Frame] = deque()
+        self._thread = threading.Thread(target=self._receive, name="refocus-intake")
 
-    received: int = 0
-    """Frames that the hook got, taken or not (hook's thread)."""
-    high_water_bytes: int = 0
-    _bytes_in: int = 0
-    _bytes_out: int = 0
-    _planes_in: int = 0
-    _planes_out: int = 0
-    _queue: "queue.SimpleQueue[Item | None]" = field(default_factory=queue.SimpleQueue)
-    _deferred: "deque[Answer]" = field(default_factory=deque)
-    _slot: "deque[Frame]" = field(default_factory=deque)
-    _bell: "queue.SimpleQueue[bool]" = field(default_factory=queue.SimpleQueue)
+    def start(self) -> None:
+        """Starts the intake's thread, before the first `put`; `end` ends it."""
+        self._thread.start()
 
-    def put(self, arrival: Arrival, *, may_wait: bool = True) -> bool:
-        """Hook's thread. False: the raw queue stayed full for raw_stall_ms; frame refused."""
-        nbytes = arrival.frame.header.nbytes
-        waiting = self.waiting_bytes + nbytes
-        if waiting > self.raw_queue_bytes and not self._wait_for_room(nbytes, may_wait):
-            mib = self.raw_queue_bytes / 2**20
-            self.refuse(arrival.frame.header.seq, f"raw queue of {mib:g} MiB full: disk too slow")
-            return False
-        self.received += 1
-        self._bytes_in += nbytes
-        self.high_water_bytes = max(self.high_water_bytes, waiting)
-        self._queue.put(arrival)
-        if self.no_engine:
-            seq = arrival.frame.header.seq
-            self._queue.put(Answer(seq, RefocusOutcome.SKIPPED, self.no_engine))
-        else:
-            self._offer(arrival.frame)
-        return True
+    # -- hook's thread ---------------------------------------------------------------------------
 
-    def refuse(self, seq: int, reason: str) -> None:
-        """Hook's thread. A frame came that cannot be written: booked FAILED, raw and refocused."""
-        self.received += 1
-        self._queue.put(Refused(seq, reason))
+    def put(
+        self,
+        image: npt.NDArray[Any],
+        metadata: Mapping[str, Any],
+        hardware: Hardware,
+        wall_time_ns: int,
+        hook_time_ns: int,
+        *,
+        may_wait: bool,
+    ) -> bool:
+        """Takes an image. False: the raw queue stayed full, the image is booked FAILED instead."""
+        weight = int(getattr(image, "nbytes", 0))
+        waiting = self.waiting_bytes + weight
+        refused = ""
+        if waiting > self._raw_queue_bytes and not self._wait_for_room(weight, may_wait):
+            mib = self._raw_queue_bytes / 2**20
+            refused, weight = f"raw queue of {mib:g} MiB full: the disk is too slow", 0
+        self.exposures += 1
+        self._bytes_in += weight
+        self.high_water_bytes = max(self.high_water_bytes, self.waiting_bytes)
+        self._exposures.put(
+            Exposure(image, metadata, hardware, wall_time_ns, hook_time_ns, weight, refused)
+        )
+        return not refused
 
     def _wait_for_room(self, nbytes: int, may_wait: bool) -> bool:
-        deadline_ns = time.monotonic_ns() + self.raw_stall_ms * 1_000_000 * may_wait
-        while self.waiting_bytes + nbytes > self.raw_queue_bytes:
+        deadline_ns = time.monotonic_ns() + self._raw_stall_ms * 1_000_000 * may_wait
+        while self.waiting_bytes + nbytes > self._raw_queue_bytes:
             if self.waiting_bytes == 0:
                 return True  # one frame larger than the whole queue still has to pass
             if time.monotonic_ns() >= deadline_ns:
@@ -139,35 +180,77 @@ class Intake:
             time.sleep(0.001)
         return True
 
+    # -- the intake's own thread -----------------------------------------------------------------
+
+    def _receive(self) -> None:
+        while (exposure := self._exposures.get()) is not None:
+            reason = exposure.refused
+            if not reason:
+                try:
+                    self._hand_on(exposure)
+                    continue
+                except Exception as error:  # noqa: BLE001 - a frame that cannot be read is booked
+                    reason = str(error) if isinstance(error, RefocusError) else repr(error)
+                    self._on_trouble(f"a frame cannot be read: {reason}")
+            self._queue.put(Refused(self.received, reason, exposure.weight_bytes))
+            self.received += 1
+
+    def _hand_on(self, exposure: Exposure) -> None:
+        planes = header.split(exposure.image, exposure.metadata, exposure.hardware)
+        frames = []
+        for number, (suffix, pixels) in enumerate(planes.items()):
+            pixels.flags.writeable = False
+            built = header.build(
+                exposure.metadata,
+                pixels,
+                suffix,
+                exposure.hardware,
+                run=self._run,
+                seq=self.received + number,
+                wall_time_ns=exposure.wall_time_ns,
+                hook_time_ns=exposure.hook_time_ns,
+            )
+            frames.append(Frame(built, pixels))
+        for number, frame in enumerate(frames):
+            weight = 0 if number else exposure.weight_bytes  # the first plane stands for them all
+            self._queue.put(Arrival(frame, exposure.metadata, weight))
+            self.received += 1
+            self._offer(frame)
+        self.ring()
+
     def _offer(self, frame: Frame) -> None:
+        if self.no_engine:
+            self._skip(frame, self.no_engine)
+            return
         self._slot.append(frame)
-        while len(self._slot) > self.slot_frames:
+        while len(self._slot) > self._slot_frames:
             try:
                 oldest = self._slot.popleft()
             except IndexError:  # the link took it between the two lines
                 break
-            skipped = Answer(oldest.header.seq, RefocusOutcome.SKIPPED, "engine busy or absent")
-            self._queue.put(skipped)
-        self._bell.put(True)
+            self._skip(oldest, "engine busy or absent")
+
+    def _skip(self, frame: Frame, reason: str) -> None:
+        self._queue.put(Answer(frame.header.seq, RefocusOutcome.SKIPPED, reason))
+
+    # -- link's thread ---------------------------------------------------------------------------
 
     def take_newest(self) -> Frame | None:
-        """Link's thread. The newest waiting frame, or None."""
+        """The newest waiting frame, or None."""
         try:
             return self._slot.pop()
         except IndexError:
             return None
 
     def answer(self, answer: Answer) -> None:
-        """Link's thread. Tells the writer what became of a frame's refocusing."""
+        """Tells the writer what became of a frame's refocusing."""
         self._planes_in += answer.plane is not None
         self._queue.put(answer)
 
-    def note(self, note: Note) -> None:
-        """Any thread. Runs *note* on the writer's thread, in order with the frames."""
-        self._queue.put(note)
+    # -- writer's thread -------------------------------------------------------------------------
 
     def take(self) -> Item | None:
-        """Writer's thread. Blocks for the next thing to do; None: closed, and all is taken.
+        """Blocks for the next thing to do; None: closed, and all is taken.
 
         The queue keeps the order of arrival, so the raw frame of an answer is always taken before
         it. Refocused planes wait while raw frames do: the trunk goes first.
@@ -184,25 +267,32 @@ class Intake:
                 continue
             return item
 
-    def written(self, arrival: Arrival) -> None:
-        """Writer's thread. The frame has left the queue, onto the disk or failed."""
-        self._bytes_out += arrival.frame.header.nbytes
+    def settled(self, item: Arrival | Refused) -> None:
+        """The frame has left the queue, onto the disk or failed."""
+        self._bytes_out += item.weight_bytes
 
-    def plane_written(self) -> None:
-        """Writer's thread. A refocused plane has left the queue."""
+    def plane_settled(self) -> None:
+        """A refocused plane has left the queue."""
         self._planes_out += 1
 
-    def close(self) -> None:
-        """After the last `put`, `answer` and `note`: the writer gets None once all is taken."""
-        self._queue.put(None)
+    # -- any thread ------------------------------------------------------------------------------
 
-    def close_bell(self) -> None:
-        """Any thread. Ends the doorbell's thread."""
-        self._bell.put(False)
+    def note(self, note: Note) -> None:
+        """Runs *note* on the writer's thread, in order with the frames."""
+        self._queue.put(note)
+
+    def end(self) -> None:
+        """After the last `put`: returns when every exposure has been handed on."""
+        self._exposures.put(None)
+        self._thread.join()
+
+    def close(self) -> None:
+        """After `end` and the last `answer` and `note`: the writer gets None once all is taken."""
+        self._queue.put(None)
 
     @property
     def waiting_bytes(self) -> int:
-        """Bytes of raw frames between hook and disk."""
+        """Bytes of images between hook and disk."""
         return self._bytes_in - self._bytes_out
 
     @property
@@ -214,15 +304,3 @@ class Intake:
     def slot_waiting(self) -> int:
         """Frames that wait for the engine."""
         return len(self._slot)
-
-    def start_doorbell(self, bell: socket.socket) -> threading.Thread:
-        """Starts the thread that rings *bell*, one byte a new frame, until `close_bell`."""
-
-        def ring() -> None:
-            while self._bell.get():
-                with contextlib.suppress(BlockingIOError):  # full: the link is awake anyway
-                    bell.send(b"!")
-
-        thread = threading.Thread(target=ring, name="refocus-doorbell")
-        thread.start()
-        return thread

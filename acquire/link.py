@@ -14,6 +14,7 @@ A worker that goes silent or hangs is given up at once: its epoch is retired, it
 the supervisor, and whatever it still says is late. Nothing here can delay the hook or the writer.
 """
 
+import contextlib
 import hmac
 import logging
 import socket
@@ -105,7 +106,7 @@ class Link:
         self._bell, self._ring = socket.socketpair()
         self._bell.setblocking(False)
         self._ring.setblocking(False)
-        self._doorbell = intake.start_doorbell(self._ring)
+        intake.ring = self._wake
         self._thread = threading.Thread(target=self._run, name="refocus-link")
         self._thread.start()
 
@@ -119,15 +120,17 @@ class Link:
         return len(self._peers)
 
     def close(self) -> None:
-        """Ends the thread: workers are told to stop, frames they still have are booked LOST."""
+        """After `Intake.end`. Workers are told to stop, frames they still have are booked LOST."""
         self._stopping.set()
-        self._intake.close_bell()
-        self._doorbell.join()
         self._thread.join()
         self._router.close(0)
         self._context.term()
         self._bell.close()
         self._ring.close()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # the socket is full: the link is awake anyway
+            self._ring.send(b"!")
 
     # -- the link's thread from here on ----------------------------------------------------------
 

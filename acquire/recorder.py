@@ -9,7 +9,7 @@ little for the frames that the engine still has, stops the worker, writes out ev
 the run, and raises RunError if a frame was lost. Whatever happens to the engine, raw frames land:
 without a usable model package or runtime the run is recorded raw only, and `trouble` says why.
 
-Threads: Micro-Manager's own (the hooks), writer, link, doorbell, supervisor.
+Threads: Micro-Manager's own (the hooks), intake, writer, link, supervisor.
 """
 
 import logging
@@ -70,13 +70,14 @@ class Recorder:
         self._micromanager_saves = micromanager_saves
         self._run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
         self._intake = Intake(
+            self._run_id,
             raw_queue_bytes=self.settings.acquire.raw_queue_mib * 2**20,
             raw_stall_ms=self.settings.acquire.raw_stall_ms,
             slot_frames=self.settings.acquire.refocus_slot_frames,
+            on_trouble=self._complain,
         )
         self._hook = Hook(
             self._intake,
-            self._run_id,
             read_hardware=read_hardware or hardware_reader(),
             micromanager_saves=micromanager_saves,
             on_trouble=self._complain,
@@ -126,7 +127,7 @@ class Recorder:
             state=self._state,
             received=self._intake.received,
             counts=counts,
-            expected=self._hook.events,
+            expected=self._expected(),
             fps=(self._intake.received - 1) / span_s if span_s > 0 else 0.0,
             latency_ms=writing.latency(),
             raw_queue_mib=self._intake.waiting_bytes / 2**20,
@@ -146,6 +147,7 @@ class Recorder:
         self._run = RunWriter.create(self.out, info)
         self._writing = Writing(self._run, self._intake, self._raw_failed, self._complain)
         self.started = True
+        self._intake.start()
         try:
             self._engine = start_engine(
                 self.settings, self._intake, self.out, self._expected_shape, self._complain
@@ -154,7 +156,10 @@ class Recorder:
             self._intake.no_engine = f"no generator: {error}"
             self._complain(f"recording raw only: {error}")
         except BaseException:
-            self._close_run()
+            self._intake.end()
+            self._intake.close()
+            self._writing.join()
+            self._seal(complete=False)
             raise
         if self._engine is None and not self._intake.no_engine:
             self._intake.no_engine = "refocusing is switched off ([engine] runtime = none)"
@@ -170,8 +175,13 @@ class Recorder:
         if self._engine is not None:
             drain_s = INTERRUPTED_DRAIN_S if interrupted else self.settings.acquire.drain_s
             self._drain(self._engine, drain_s)
+        self._intake.end()
+        if self._engine is not None:
             self._engine.close()
-        finding = self._close_run()
+        self._intake.close()
+        self._writing.join()
+        finding = self._finding()
+        self._seal(complete=not finding and self._missing() == 0)
         if finding and kind is None:
             raise RunError(f"run {self.out}: {finding}")
 
@@ -183,30 +193,41 @@ class Recorder:
                 return
             time.sleep(POLL_S)
 
-    def _close_run(self) -> str:
-        """Seals the run; returns what was lost, in words, or nothing."""
-        self._intake.close()
-        self._writing.join()
-        submitted, received = self._hook.events, self._intake.received
-        missing = (submitted or received) - received
-        counts = self._run.counts()
-        stopped = self._hook.stopping.is_set()
+    def _finding(self) -> str:
+        """What was lost, in words, or nothing."""
+        submitted, exposures = self._hook.events, self._intake.exposures
+        received, failed = self._intake.received, self._run.counts().failed
         findings = []
-        if counts.failed:
-            findings.append(f"{counts.failed} of {received} frames could not be saved")
-        if missing > 0 and not stopped:
+        if failed:
+            findings.append(f"{failed} of {received} frames could not be saved")
+        if self._missing() and not self.stopping.is_set():
             findings.append(
-                f"{submitted} events were submitted to Micro-Manager, {received} frames came; "
+                f"{submitted} events were submitted to Micro-Manager, {exposures} images came; "
                 "Micro-Manager's own messages name the device or preset at fault"
             )
+        if not received and not findings and not self.stopping.is_set():
+            findings.append("not one frame came through the hook")
         if submitted is None and received:
             log.info("only recorder.hook is in use: nothing counts what was submitted")
-        if received == 0 and not stopped and not findings:
-            findings.append("not one frame came through the hook")
-        complete = not findings and missing <= 0
-        self._run.close(complete=complete, expected_frames=submitted, note="; ".join(self.trouble))
-        self._state = ("complete" if complete else "incomplete") if received else "empty"
         return "; ".join(findings)
+
+    def _seal(self, *, complete: bool) -> None:
+        self._run.close(
+            complete=complete, expected_frames=self._expected(), note="; ".join(self.trouble)
+        )
+        self._state = (
+            ("complete" if complete else "incomplete") if self._intake.received else "empty"
+        )
+
+    def _missing(self) -> int:
+        """Images that were submitted and never came."""
+        return max(0, (self._hook.events or 0) - self._intake.exposures)
+
+    def _expected(self) -> int | None:
+        """Frames that should be in the run: a colour image is three, what is missing is one."""
+        if self._hook.events is None:
+            return None
+        return self._intake.received + self._missing()
 
     def _raw_failed(self, reason: str) -> None:
         self._complain(f"a raw frame could not be saved: {reason}")

@@ -74,6 +74,7 @@ class Writing:
             case Arrival():
                 self._raw(item)
             case Refused(seq=seq, reason=reason):
+                self._intake.settled(item)
                 self._run.book_raw_failed(seq, reason)
                 self._run.book_refocus(seq, RefocusOutcome.FAILED, NO_RAW)
             case Answer():
@@ -92,7 +93,7 @@ class Writing:
             self._unsaved.add(header.seq)
             self._on_raw_failure(str(error))
         finally:
-            self._intake.written(arrival)
+            self._intake.settled(arrival)
 
     def _answer(self, answer: Answer) -> None:
         # 0: the second answer for this frame, LATE after LOST.
@@ -106,7 +107,7 @@ class Writing:
             else:
                 self._refocused(answer.seq, answer.plane, hook_time_ns)
         finally:
-            self._intake.plane_written()
+            self._intake.plane_settled()
 
     def _refocused(self, seq: int, plane: Plane, hook_time_ns: int) -> None:
         made = Provenance(

@@ -71,9 +71,18 @@ def frames_of(path: str) -> list[dict[str, Any]]:
 
 def acquire(path: str) -> list[dict[str, Any]]:
     """Header and decoded pixels of every frame, in the order in which the hook got them."""
-    intake = Intake(raw_queue_bytes=2**26, raw_stall_ms=1000, slot_frames=1, no_engine="not here")
+    trouble: list[str] = []
+    intake = Intake(
+        "run",
+        raw_queue_bytes=2**26,
+        raw_stall_ms=1000,
+        slot_frames=1,
+        on_trouble=trouble.append,
+    )
+    intake.no_engine = "not here"
     with sequence_tester() as core:
-        hook = Hook(intake, "run", read_hardware=hardware_reader())
+        intake.start()
+        hook = Hook(intake, read_hardware=hardware_reader(), on_trouble=trouble.append)
         hooks = {
             "image_process_fn": hook.image,
             "event_generation_hook_fn": hook.event,
@@ -83,7 +92,9 @@ def acquire(path: str) -> list[dict[str, Any]]:
             hooks |= _autofocus(hook, core)
         run(_events(path, core), hooks, stop=threading.Event())
         events = hook.events
+        intake.end()
     intake.close()
+    assert trouble == []
     arrivals = [item for item in iter(intake.take, None) if isinstance(item, Arrival)]
     assert len(arrivals) == intake.received == events
     return [

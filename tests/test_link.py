@@ -16,10 +16,11 @@ import pytest
 import zmq
 
 from acquire.engine_side import EngineSide, start_engine
+from acquire.header import UNKNOWN
 from acquire.intake import Answer, Arrival, Intake
 from engine.package import Package
 from refocus import wire
-from refocus.frame import Frame, FrameHeader, Pixels, RefocusOutcome
+from refocus.frame import Pixels, RefocusOutcome
 from refocus.settings import EngineSettings, LinkSettings, Settings
 from tests import hanging_package, identity_package
 
@@ -39,8 +40,15 @@ class Branch:
 
     def __init__(self, chosen: Settings, folder: Path) -> None:
         (folder / "journal").mkdir(parents=True)
-        self.intake = Intake(raw_queue_bytes=2**30, raw_stall_ms=0, slot_frames=4)
         self.trouble: list[str] = []
+        self.intake = Intake(
+            "r",
+            raw_queue_bytes=2**30,
+            raw_stall_ms=0,
+            slot_frames=4,
+            on_trouble=self.trouble.append,
+        )
+        self.intake.start()
         started = start_engine(chosen, self.intake, folder, None, self.trouble.append)
         assert started is not None
         self.engine: EngineSide = started
@@ -48,20 +56,14 @@ class Branch:
         self.pixels: dict[int, Pixels] = {}
         self.seq = 0
 
-    def send(self, pixels: Pixels | None = None, **header: object) -> int:
+    def send(
+        self, pixels: Pixels | None = None, channel: str = "DAPI", pixel_um: float = 0.3
+    ) -> int:
         if pixels is None:
             pixels = RNG.integers(100, 4000, SHAPE, dtype=np.uint16)
-        built = FrameHeader(
-            run="r",
-            seq=self.seq,
-            axes={"time": self.seq},
-            shape=pixels.shape,
-            dtype=str(pixels.dtype),
-            hook_time_ns=time.monotonic_ns(),
-            **header,  # type: ignore[arg-type]
-        )
         self.pixels[self.seq] = pixels
-        assert self.intake.put(Arrival(Frame(built, pixels), {}))
+        metadata = {"Axes": {"time": self.seq, "channel": channel}, "PixelSize_um": pixel_um}
+        assert self.intake.put(pixels, metadata, UNKNOWN, 0, time.monotonic_ns(), may_wait=False)
         self.seq += 1
         return self.seq - 1
 
@@ -77,11 +79,11 @@ class Branch:
     def _take(self) -> None:
         item = self.intake.take()
         if isinstance(item, Arrival):
-            self.intake.written(item)
+            self.intake.settled(item)
         elif isinstance(item, Answer):
             self.answers.setdefault(item.seq, []).append(item)
             if item.plane is not None:
-                self.intake.plane_written()
+                self.intake.plane_settled()
 
     def answered(self, *seqs: int) -> Callable[[], bool]:
         return lambda: all(seq in self.answers for seq in seqs)
@@ -98,6 +100,7 @@ class Branch:
         return self.engine.supervisor.pid
 
     def close(self) -> None:
+        self.intake.end()
         self.engine.close()
         self.intake.close()
         self.drain(lambda: set(self.answers) == set(range(self.seq)))

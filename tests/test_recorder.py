@@ -156,7 +156,7 @@ def test_a_folder_that_exists_is_refused_and_untouched(tmp_path: Path) -> None:
 def test_an_acquisition_that_succeeds_with_nothing_is_an_error(tmp_path: Path) -> None:
     """pycromanager ends normally with 0 frames when a hook or a device fails."""
     with (
-        pytest.raises(RunError, match=r"3 events were submitted.*0 frames came"),
+        pytest.raises(RunError, match=r"3 events were submitted.*0 images came"),
         recorder(tmp_path / "run", settings("identity", "none")) as r,
     ):
         for index in range(3):
@@ -166,7 +166,7 @@ def test_an_acquisition_that_succeeds_with_nothing_is_an_error(tmp_path: Path) -
 
 def test_a_missing_frame_makes_the_run_incomplete(tmp_path: Path) -> None:
     with (
-        pytest.raises(RunError, match=r"2 events were submitted.*1 frames came"),
+        pytest.raises(RunError, match=r"2 events were submitted.*1 images came"),
         recorder(tmp_path / "run", settings("identity", "none")) as r,
     ):
         r.hooks()["event_generation_hook_fn"]({"axes": {"time": 1}})

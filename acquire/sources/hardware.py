@@ -9,7 +9,7 @@ from refocus.errors import SettingsError
 
 
 def hardware_reader() -> Callable[[], Hardware]:
-    """A function that asks the running core (Python or Java backend), for the post-hardware hook."""
+    """A function that asks the running core, of the Python or the Java backend."""
     try:
         from mmpycorex import Core
     except ImportError as error:
