@@ -29,6 +29,8 @@ class _PairOnDisk:
     z_step_um: float | None = None
     z_known: int = 0
     xml: tuple[str, str] = ("", "")
+    stale: bool = True
+    """The metadata on disk do not say yet what is known here."""
 
     def images(self) -> tuple[ome.Image, ome.Image]:
         """Both images as they are now."""
@@ -83,12 +85,13 @@ class Images:
         ):  # also one whose first plane failed: no gap in numbers
             self._add(self._placed[len(self._pairs)], header, plane)
         on_disk = self._pairs[pair.number]
-        new_channels = len(pair.channel_names) > len(on_disk.channels)
-        if new_channels:
+        if len(pair.channel_names) > len(on_disk.channels):
             self._add_channels(on_disk, header, plane)
-        if _step_changed(on_disk) or new_channels:
+        _update_step(on_disk)
+        if on_disk.stale:
             self._save_groups(on_disk)
             self._save_lists()
+            on_disk.stale = False
         return on_disk
 
     def _add(self, pair: Pair, header: FrameHeader, plane: Pixels) -> None:
@@ -100,6 +103,7 @@ class Images:
         )
         on_disk = _PairOnDisk(pair, raw, refocused)
         self._add_channels(on_disk, header, plane)
+        _update_step(on_disk)
         self._save_groups(on_disk)
         self._pairs.append(on_disk)
         try:
@@ -109,12 +113,14 @@ class Images:
         except OSError:
             self._pairs.pop()
             raise
+        on_disk.stale = False
 
     def _add_channels(self, on_disk: _PairOnDisk, header: FrameHeader, plane: Pixels) -> None:
         names = on_disk.pair.channel_names[len(on_disk.channels) :]
         for array in (on_disk.raw, on_disk.refocused):
             array.cover(0, len(on_disk.channels) + len(names) - 1, 0)
         on_disk.channels += tuple(ome.channel(name, plane, header.bit_depth) for name in names)
+        on_disk.stale = True
 
     def _save_groups(self, on_disk: _PairOnDisk) -> None:
         images = on_disk.images()
@@ -130,13 +136,12 @@ class Images:
         replace_file(folder / "METADATA.ome.xml", ome.xml(elements))
 
 
-def _step_changed(on_disk: _PairOnDisk) -> bool:
-    """Take over the pair's z step where it is new, or another by more than the stage's jitter."""
+def _update_step(on_disk: _PairOnDisk) -> None:
+    """Take over the pair's z step where it is new, or changed by more than the stage's jitter."""
     if len(on_disk.pair.z_um) == on_disk.z_known:
-        return False
+        return
     on_disk.z_known = len(on_disk.pair.z_um)
     old, new = on_disk.z_step_um, on_disk.pair.z_step_um
-    if old == new or (old and new and abs(new - old) < 0.05 * old):
-        return False
-    on_disk.z_step_um = new
-    return True
+    if old != new and not (old and new and abs(new - old) < 0.05 * old):
+        on_disk.z_step_um = new
+        on_disk.stale = True

@@ -188,6 +188,20 @@ def test_an_image_that_cannot_be_made_costs_its_own_frames_only(tmp_path: Path) 
     np.testing.assert_array_equal(found.raw(5), pixels(5))
 
 
+def test_metadata_that_could_not_be_written_are_written_with_the_next_plane(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    run = start(path)
+    run.write_raw(frame(0, {"channel": "DAPI"}), {})
+    (path / "0" / ".zarr.json.partial").mkdir()
+    with pytest.raises(RunError, match="frame 1: not saved"):
+        run.write_raw(frame(1, {"channel": "GFP"}), {})
+    (path / "0" / ".zarr.json.partial").rmdir()
+    run.write_raw(frame(2, {"channel": "GFP"}), {})
+    assert b"GFP" in (path / "0" / "zarr.json").read_bytes()
+    assert b"GFP" in (path / "OME" / "METADATA.ome.xml").read_bytes()
+    run.close(complete=False, expected_frames=None)
+
+
 def test_a_refocused_plane_that_fails_leaves_raw_alone(tmp_path: Path) -> None:
     path = tmp_path / "run"
     run = start(path)
