@@ -107,6 +107,11 @@ class Recorder:
         """Frames that wait for the engine now."""
         return self._intake.slot_waiting
 
+    @property
+    def worker_pid(self) -> int | None:
+        """Process id of the worker, None while there is none."""
+        return self._engine.supervisor.pid if self._engine else None
+
     def wait_for_engine(self, timeout_s: float) -> bool:
         """True once a worker is ready; False where there is none after *timeout_s*."""
         deadline = time.monotonic() + timeout_s
