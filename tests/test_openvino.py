@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from engine.package import FILES, ONNX, WEIGHTS, Package, write
+from engine.package import FILES, ONNX, WEIGHTS, Package, find, load, read_golden, write
 from engine.runtimes import open_runtime
 from engine.runtimes.openvino import MAX_LOADED, OpenVino, spare_cores
 from engine.scaling import Scaling, derive
@@ -140,6 +140,17 @@ def test_brighter_and_offset_changes_nothing_else(runtime: OpenVino, unet: Packa
     assert answers[0].clipped == answers[1].clipped == 0
     a, b = (answer.pixels.astype(float) for answer in answers)
     assert np.abs(4 * a + 500 - b).max() <= 0.005 * np.ptp(b)
+
+
+def test_the_shipped_generator_gives_its_golden_answers(runtime: OpenVino) -> None:
+    package = load(find("fluorescence"))
+    golden = read_golden(package)
+    assert golden
+    for one in golden:
+        runtime.load(package, one.pixels.shape)
+        got = runtime.refocus(one.pixels, one.scaling).pixels.astype(float)
+        span = np.ptp(np.percentile(one.pixels, (0.1, 99.9)))
+        assert 10 * np.log10(span**2 / np.mean((got - one.answer) ** 2)) > 50
 
 
 def test_engine_choices() -> None:

@@ -13,7 +13,7 @@ import tifffile
 
 from engine import apply, tiff_reader, tiff_writer
 from engine.apply import refocus_file
-from engine.package import Package
+from engine.package import Package, find, load
 from engine.runtimes.openvino import OpenVino
 from engine.tiles import spans
 from refocus.errors import RejectedError
@@ -92,6 +92,17 @@ def test_tiles_show_nowhere(
     difference = np.abs(tiles.astype(float) - whole)
     assert difference.max() <= 0.005 * np.ptp(whole)
     assert np.abs(whole.astype(float) - pixels).mean() > 0.02 * np.ptp(pixels)
+
+
+def test_tiles_of_the_shipped_generator_show_nowhere(
+    tmp_path: Path, runtime: OpenVino, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    y, x = np.mgrid[:431, :587]
+    cells = 200 + 3000 * np.clip(np.sin(y / 19) * np.sin(x / 17), 0, 1) ** 2
+    tifffile.imwrite(tmp_path / "in.tif", RNG.poisson(cells).astype(np.uint16))
+    package = load(find("fluorescence"))
+    tiles, whole = in_tiles_and_whole(tmp_path / "in.tif", package, runtime, monkeypatch)
+    assert np.abs(tiles.astype(float) - whole).max() <= 0.005 * np.ptp(whole)
 
 
 def test_too_small_a_halo_would_show(
