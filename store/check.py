@@ -16,10 +16,11 @@ import msgspec
 
 from refocus.errors import RunError
 from refocus.frame import RawOutcome, RefocusOutcome
+from refocus.status import Counts
 from store.journal import FRAMES, LINES, SealLine
 from store.layout import journal_dir
 from store.reader import FrameEntry, Run, State, open_run
-from store.records import Counts, Kind
+from store.records import Kind
 
 Progress = Callable[[int, int], None]
 """Called with (planes read, planes to read)."""

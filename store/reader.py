@@ -16,6 +16,7 @@ import msgspec
 
 from refocus.errors import RunError, WireError
 from refocus.frame import FrameHeader, Pixels, RawOutcome, RefocusOutcome
+from refocus.status import Counts
 from store.journal import (
     FRAMES,
     LINES,
@@ -34,7 +35,7 @@ from store.journal import (
 from store.layout import Place, RunInfo, array_dir, is_run, journal_dir
 from store.lock import is_held
 from store.planes import PlaneArray
-from store.records import NO_IMAGE, Counts, Kind, Record, Records, crc32c, read_records
+from store.records import NO_IMAGE, Kind, Record, Records, count, crc32c, read_records
 
 T = TypeVar("T")
 
@@ -123,7 +124,7 @@ class Run:
     @property
     def counts(self) -> Counts:
         """Outcomes by the last record of every frame."""
-        return Counts.of(Counter((kind, r.outcome) for (kind, _), r in self._last.items()))
+        return count(Counter((kind, r.outcome) for (kind, _), r in self._last.items()))
 
     def record(self, seq: int, kind: Kind) -> Record | None:
         """Last outcome of a frame's raw plane or of its refocusing."""

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import google_crc32c
-import msgspec
 
 from refocus.errors import RunError
 from refocus.frame import Pixels, RawOutcome, RefocusOutcome
+from refocus.status import Counts
 
 VERSION = 1
 RECORD_BYTES = 64
@@ -41,44 +41,6 @@ class Kind(enum.IntEnum):
 
     RAW = 1
     REFOCUS = 2
-
-
-class Counts(msgspec.Struct, frozen=True, kw_only=True):
-    """Outcomes of a run, by the last record of every frame."""
-
-    saved: int = 0
-    failed: int = 0
-    refocused: int = 0
-    skipped: int = 0
-    late: int = 0
-    lost: int = 0
-    rejected: int = 0
-    refocus_failed: int = 0
-
-    @classmethod
-    def of(cls, tally: "Counter[tuple[int, int]]") -> "Counts":
-        """Counts from how often each (kind, outcome) is some frame's last."""
-        return cls(
-            saved=tally[Kind.RAW, RawOutcome.SAVED],
-            failed=tally[Kind.RAW, RawOutcome.FAILED],
-            refocused=tally[Kind.REFOCUS, RefocusOutcome.REFOCUSED],
-            skipped=tally[Kind.REFOCUS, RefocusOutcome.SKIPPED],
-            late=tally[Kind.REFOCUS, RefocusOutcome.LATE],
-            lost=tally[Kind.REFOCUS, RefocusOutcome.LOST],
-            rejected=tally[Kind.REFOCUS, RefocusOutcome.REJECTED],
-            refocus_failed=tally[Kind.REFOCUS, RefocusOutcome.FAILED],
-        )
-
-    @property
-    def received(self) -> int:
-        """Frames with a raw outcome."""
-        return self.saved + self.failed
-
-    @property
-    def unanswered(self) -> int:
-        """Frames without a refocus outcome; none in a run that was closed in order."""
-        answered = self.refocused + self.skipped + self.late + self.lost
-        return self.received - answered - self.rejected - self.refocus_failed
 
 
 class Record(NamedTuple):
@@ -103,6 +65,20 @@ class Record(NamedTuple):
     kind: int = Kind.RAW
     outcome: int = 0
     """A RawOutcome or RefocusOutcome, by kind."""
+
+
+def count(tally: "Counter[tuple[int, int]]") -> Counts:
+    """Counts from how often each (kind, outcome) is some frame's last."""
+    return Counts(
+        saved=tally[Kind.RAW, RawOutcome.SAVED],
+        failed=tally[Kind.RAW, RawOutcome.FAILED],
+        refocused=tally[Kind.REFOCUS, RefocusOutcome.REFOCUSED],
+        skipped=tally[Kind.REFOCUS, RefocusOutcome.SKIPPED],
+        late=tally[Kind.REFOCUS, RefocusOutcome.LATE],
+        lost=tally[Kind.REFOCUS, RefocusOutcome.LOST],
+        rejected=tally[Kind.REFOCUS, RefocusOutcome.REJECTED],
+        refocus_failed=tally[Kind.REFOCUS, RefocusOutcome.FAILED],
+    )
 
 
 def crc32c(data: Pixels | bytes) -> int:

@@ -22,6 +22,7 @@ import msgspec
 
 from refocus.errors import RunError
 from refocus.frame import Frame, FrameHeader, Pixels, RawOutcome, RefocusOutcome
+from refocus.status import Counts
 from store.images import Images
 from store.journal import (
     EventLine,
@@ -36,7 +37,7 @@ from store.journal import (
     plain,
 )
 from store.layout import Pair, Place, Placer, RunInfo, journal_dir
-from store.records import MAX_CLIPPED, Counts, Kind, Record, crc32c
+from store.records import MAX_CLIPPED, Kind, Record, count, crc32c
 
 
 class Provenance(msgspec.Struct, frozen=True, kw_only=True):
@@ -174,7 +175,7 @@ class RunWriter:
 
     def counts(self) -> Counts:
         """Outcomes so far, by the last record of every frame."""
-        return Counts.of(self._tally)
+        return count(self._tally)
 
     def close(self, *, complete: bool, expected_frames: int | None, note: str = "") -> Counts:
         """Seal the run: cut shapes to what is there, write the seal, give the lock back.
