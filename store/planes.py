@@ -15,12 +15,14 @@ exists is a question for the journal. `trim` cuts the shape to the planes when t
 Nothing here knows of frames or outcomes; the callers depend on the methods of `PlaneArray` alone.
 """
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from zarr.core.buffer import default_buffer_prototype
+from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.storage import LocalStore
 
 from refocus.errors import RunError
@@ -32,13 +34,33 @@ T_BLOCK = 64
 Z_BLOCK = 16
 
 
+class _PlaneStore(LocalStore):
+    """zarr's LocalStore, which takes a file's blocks from the file system before it fills them.
+
+    On ext4 the write itself is then up to twice as fast, and a full disk refuses before the first
+    byte.
+    """
+
+    def set_sync(self, key: str, value: Buffer) -> None:
+        path = self.root / key
+        temporary = path.with_name(f".{path.name}.partial")
+        try:
+            with temporary.open("wb") as file:
+                _reserve(file.fileno(), len(value))
+                file.write(value.as_buffer_like())
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
 class PlaneArray:
     """One array on disk. Made by `create` (to write) or `open` (to read)."""
 
     def __init__(self, folder: Path, metadata: dict[str, Any], *, read_only: bool) -> None:
         self._folder = folder
         self._metadata = metadata
-        self._store = LocalStore(folder, read_only=read_only)
+        self._store = _PlaneStore(folder, read_only=read_only)
         self._dtype = np.dtype(metadata["data_type"]).newbyteorder("<")
 
     @classmethod
@@ -124,6 +146,17 @@ class PlaneArray:
 
     def _save_metadata(self) -> None:
         replace_file(self._folder / "zarr.json", json.dumps(self._metadata, indent=1).encode())
+
+
+def _reserve(descriptor: int, nbytes: int) -> None:
+    """Take *nbytes* for an empty file, where system and file system can. Raises OSError if full."""
+    if not hasattr(os, "posix_fallocate"):  # Windows, macOS
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, nbytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
 
 
 def _grown(length: int, index: int, block: int) -> int:

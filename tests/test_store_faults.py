@@ -1,5 +1,6 @@
 """What a kill and a full disk may cost: nothing that was acknowledged, and it is said at once."""
 
+import errno
 import os
 import random
 import subprocess
@@ -129,6 +130,25 @@ def test_a_full_disk_is_said_at_once_and_costs_nothing_acknowledged(small_disk: 
     found = open_run(small_disk / "run")
     assert found.state == State.INCOMPLETE
     assert found.counts == counts
+
+
+@pytest.mark.parametrize("answer", [errno.EOPNOTSUPP, errno.EINVAL, None])
+def test_planes_are_written_where_blocks_cannot_be_taken_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: int | None
+) -> None:
+    """File systems without fallocate refuse it in two ways; Windows and macOS have no such call."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(answer, "this file system takes no blocks ahead")
+
+    if answer is None:
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", refuse, raising=False)
+    run = start(tmp_path / "run")
+    run.write_raw(frame(0, {"time": 0}), {})
+    run.close(complete=True, expected_frames=1)
+    assert_run_opens(tmp_path / "run", saved=1)
 
 
 def assert_run_opens(path: Path, saved: int, shape: tuple[int, int] = SHAPE) -> None:
