@@ -213,3 +213,50 @@ def test_help_needs_no_room() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def record_colour(out: str) -> list[str]:
+    """In a core of its own: a camera that delivers B, G, R, A samples of 16 bits."""
+    from acquire.recorder import Recorder
+    from acquire.sources import acquisition
+    from acquire.sources.demo import CONFIG, start_core, stop_core
+    from refocus.settings import EngineSettings, Settings
+
+    core = start_core(CONFIG)
+    try:
+        core.set_property("Camera", "PixelType", "64bitRGB")
+        recorder = Recorder(Settings(engine=EngineSettings(runtime="none")), out=Path(out) / "run")
+        events = [{"axes": {"time": index}, "exposure": 1.0} for index in range(3)]
+        kept: list[np.ndarray] = []
+        with recorder:
+            hooks = recorder.hooks()
+            ours = hooks["image_process_fn"]
+
+            def witness(image: np.ndarray, metadata: dict[str, Any]) -> Any:
+                kept.append(image.copy())
+                return ours(image, metadata)
+
+            hooks["image_process_fn"] = witness
+            acquisition.run(events, hooks, stop=recorder.stopping)
+        np.savez(Path(out) / "witness.npz", *kept)
+        return recorder.trouble
+    finally:
+        stop_core()
+
+
+def test_a_colour_camera_s_exposure_becomes_three_planes(tmp_path: Path) -> None:
+    assert run_in_core(record_colour, str(tmp_path)) == []
+    run = open_run(tmp_path / "run")
+    assert run.state is State.COMPLETE
+    with np.load(tmp_path / "witness.npz") as witness:
+        images = [witness[name] for name in witness.files]
+    entries = list(run.frames())
+    assert len(entries) == 9
+    for entry in entries:
+        assert entry.header is not None
+        exposure, colour = divmod(entry.seq, 3)
+        samples = images[exposure].view(np.uint16).reshape(*images[exposure].shape, 4)
+        assert entry.header.channel == f"Default-{'RGB'[colour]}"
+        stored = run.raw(entry.seq)
+        assert stored is not None
+        assert np.array_equal(stored, samples[..., 2 - colour])
