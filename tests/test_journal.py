@@ -14,7 +14,15 @@ from store_runs import file_size_limit, start
 from refocus.errors import RunError
 from refocus.frame import RawOutcome, RefocusOutcome
 from store.journal import AppendFile, plain
-from store.records import RECORD_BYTES, Kind, Record, encode, file_header, read_records
+from store.records import (
+    RECORD_BYTES,
+    Kind,
+    Record,
+    crc32c,
+    encode,
+    file_header,
+    read_records,
+)
 
 U32 = st.integers(0, 2**32 - 1)
 U64 = st.integers(0, 2**64 - 1)
@@ -58,6 +66,18 @@ def test_records_come_back(file: Path, records: list[Record]) -> None:
     file.write_bytes(content(records))
     found = read_records(file)
     assert (found.records, found.damaged, found.torn_bytes) == (records, [], 0)
+
+
+def test_the_bytes_are_those_of_the_page_on_the_disk_format() -> None:
+    record = Record(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, Kind.REFOCUS, RefocusOutcome.LOST)
+    assert encode(record, 0)[:60].hex(" ", 4) == (
+        "01000000 00000000 02000000 00000000 03000000 00000000 04000000 05000000 "
+        "06000000 07000000 08000000 09000000 0a000000 0b000000 02040000"
+    )
+    assert file_header()[:24] == b"refocus journal\n" + bytes([1, 0, 0, 0, 64, 0, 0, 0])
+    # Checksums that another implementation of crc32c must find, too: its standard check value.
+    assert crc32c(b"123456789") == 0xE3069283
+    assert encode(record, 0)[60:] == crc32c(bytes(8) + encode(record, 0)[:60]).to_bytes(4, "little")
 
 
 def test_a_tail_torn_at_any_byte_is_left_out_and_said(file: Path) -> None:

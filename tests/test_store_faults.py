@@ -1,5 +1,6 @@
 """What a kill and a full disk may cost: nothing that was acknowledged, and it is said at once."""
 
+import contextlib
 import errno
 import os
 import random
@@ -43,17 +44,25 @@ def write_for_ever(path: Path) -> None:
         seq += 1
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator["subprocess.Popen[str]"]:
+    """A process that writes a run for as long as the block lasts, then gets kill -9."""
+    command = [sys.executable, __file__, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
 def killed_run(path: Path, acknowledged: int, delay_s: float) -> list[tuple[Kind, int]]:
     """Kill -9 a writer some time after so many acknowledgements; returns all that it made."""
-    child = subprocess.Popen(
-        [sys.executable, __file__, str(path)], stdout=subprocess.PIPE, env=os.environ, text=True
-    )
-    assert child.stdout is not None
-    with child, child.stdout as lines:
-        said = [next(lines) for _ in range(acknowledged)]
-        time.sleep(delay_s)
+    with writing(path) as child:
+        assert child.stdout is not None
+        said = [next(child.stdout) for _ in range(acknowledged)]
+        time.sleep(delay_s)  # the kill falls anywhere in a write
         child.kill()
-        said += lines
+        said += child.stdout
     whole = (line.split() for line in said if line.endswith("\n"))
     return [(Kind[kind.upper()], int(seq)) for kind, seq in whole]
 
@@ -94,6 +103,22 @@ def test_kill_9_costs_nothing_acknowledged(tmp_path: Path) -> None:
 @pytest.mark.timeout(1200)
 def test_kill_9_costs_nothing_acknowledged_often(tmp_path: Path) -> None:
     kill_at_random(tmp_path, times=200)
+
+
+def test_a_reader_beside_a_living_writer_sees_only_what_is_right(tmp_path: Path) -> None:
+    with writing(tmp_path / "run") as child:
+        assert child.stdout is not None
+        for _ in range(20):
+            kind, said = next(child.stdout).split()
+            run = open_run(tmp_path / "run")
+            assert run.state == State.LIVE
+            assert run.record(int(said), Kind[kind.upper()]) is not None
+            assert not run.damaged_records
+            last = run.counts.saved - 1
+            np.testing.assert_array_equal(run.raw(last), pixels(last))
+            twin = run.refocused(last)  # it may be on its way
+            if twin is not None:
+                np.testing.assert_array_equal(twin, pixels(TWIN + last))
 
 
 @pytest.fixture
