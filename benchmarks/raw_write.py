@@ -56,7 +56,7 @@ def _by_pwrite(folder: Path, pool: list[Pixels], planes: int) -> float:
     start = time.perf_counter()
     for seq in range(planes):
         pixels = pool[seq % len(pool)]
-        os.pwrite(descriptor, pixels, seq * pixels.nbytes)
+        os.pwrite(descriptor, pixels.data, seq * pixels.nbytes)
     seconds = time.perf_counter() - start
     os.close(descriptor)
     path.unlink()
