@@ -5,31 +5,61 @@ so that whatever refocuses this run later uses the same map bit for bit. The thr
 colour exposure share one map, or their hue would shift.
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 
 from engine import scaling
 from engine.package import Manifest, unfit
 from engine.scaling import Scaling
 from refocus.errors import RejectedError
 from refocus.frame import Frame
+from refocus.settings import ChannelSettings
+
+log = logging.getLogger(__name__)
 
 _COLOURS = ("-R", "-G", "-B")
 
 
 class Admission:
-    """Decides frame by frame; *on_scaling(channel, scaling)* hears of each newly frozen map."""
+    """Decides frame by frame; *on_scaling(channel, scaling)* hears of each newly frozen map.
 
-    def __init__(self, manifest: Manifest, on_scaling: Callable[[str, Scaling], None]) -> None:
+    *channels*: what the settings say of them. A channel of another modality than the generator's
+    is rejected; one that the settings do not name is taken to be the generator's own.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        channels: Mapping[str, ChannelSettings],
+        on_scaling: Callable[[str, Scaling], None],
+    ) -> None:
         self._manifest = manifest
+        self._channels = channels
         self._on_scaling = on_scaling
         self._scalings: dict[str, Scaling] = {}
+        self._said_unknown = False
 
     def admit(self, frame: Frame) -> Scaling:
         """Scaling to refocus *frame* with. Raises RejectedError with the reason why not."""
         reason = unfit(self._manifest, frame.header)
         if reason:
             raise RejectedError(reason)
+        if frame.header.pixel_um is None and not self._said_unknown:
+            self._said_unknown = True
+            lowest, highest = self._manifest.pixel_um
+            log.warning(
+                "Micro-Manager does not know the pixel size, so nobody checks whether the generator "
+                "fits it (%g to %g um); calibrate it in Micro-Manager's pixel size configuration",
+                lowest,
+                highest,
+            )
         channel = frame.header.channel
+        modality = self._modality(channel)
+        if modality not in (None, self._manifest.modality):
+            raise RejectedError(
+                f"[channels.{channel}] modality is {modality}, generator "
+                f"{self._manifest.name!r} is for {self._manifest.modality}"
+            )
         if channel not in self._scalings:
             chosen = self._sibling(channel) or scaling.derive([frame.pixels])
             if chosen is None:
@@ -37,6 +67,11 @@ class Admission:
             self._scalings[channel] = chosen
             self._on_scaling(channel, chosen)
         return self._scalings[channel]
+
+    def _modality(self, channel: str) -> str | None:
+        whole = channel[:-2] if channel.endswith(_COLOURS) else channel
+        named = self._channels.get(channel) or self._channels.get(whole)
+        return named.modality if named else None
 
     def _sibling(self, channel: str) -> Scaling | None:
         if not channel.endswith(_COLOURS):

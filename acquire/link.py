@@ -86,7 +86,7 @@ class Link:
         self._warmup_timeout_ns = settings.engine.warmup_timeout_ms * 1_000_000
         self._peers: dict[str, _Peer] = {}
         self._retired: OrderedDict[str, set[int]] = OrderedDict()
-        self._admission = Admission(package.manifest, self._note_scaling)
+        self._admission = Admission(package.manifest, settings.channels, self._note_scaling)
         self._stopping = threading.Event()
         self._ready = threading.Event()
         self._context = zmq.Context()

@@ -62,7 +62,6 @@ class ChannelSettings(_Section, frozen=True, kw_only=True):
 
     emission_nm: float | None = None
     modality: Modality | None = None
-    generator: str | None = None
 
 
 class Settings(_Section, frozen=True, kw_only=True):

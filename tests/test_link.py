@@ -21,7 +21,7 @@ from acquire.intake import Answer, Arrival, Intake
 from engine.package import Package
 from refocus import wire
 from refocus.frame import Pixels, RefocusOutcome
-from refocus.settings import EngineSettings, LinkSettings, Settings
+from refocus.settings import ChannelSettings, EngineSettings, LinkSettings, Settings
 from tests import hanging_package, identity_package
 
 SHAPE = (64, 96)
@@ -30,6 +30,7 @@ RNG = np.random.default_rng(1)
 
 def settings(package: Package, **engine: int) -> Settings:
     return Settings(
+        channels={"trans": ChannelSettings(modality="phase")},
         engine=EngineSettings(runtime="openvino", generator=str(package.folder), **engine),
         link=LinkSettings(beat_ms=100),
     )
@@ -156,6 +157,7 @@ def test_what_the_generator_must_not_touch_is_rejected(branch: Callable[..., Bra
     rejected = {
         "float32": b.send(np.ones(SHAPE, np.float32)),
         "0.05 to 2": b.send(pixel_um=6.5),
+        "is phase": b.send(channel="trans"),
         "flat": b.send(np.full(SHAPE, 7, np.uint16), channel="empty"),
     }
     good = b.send()
