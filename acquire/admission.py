@@ -48,7 +48,7 @@ class Admission:
             self._said_unknown = True
             lowest, highest = self._manifest.pixel_um
             log.warning(
-                "Micro-Manager does not know the pixel size, so nobody checks whether the generator "
+                "Micro-Manager does not know the pixel size, so nobody checks that the generator "
                 "fits it (%g to %g um); calibrate it in Micro-Manager's pixel size configuration",
                 lowest,
                 highest,
