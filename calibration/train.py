@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from calibration import losses
 from calibration.dataset import Batch, Sources, load_sources, make_batch
+from calibration.muon import Muon
 from calibration.objectives import Bank, build_bank
 from calibration.weights import load_checkpoint, save_checkpoint
 from engine.generators.light import Light
@@ -35,7 +36,7 @@ LOG = "log.csv"
 CHECKPOINT_MIN = 3.0
 VALIDATION_BATCHES = 10
 LOG_COLUMNS = (
-    *("step", "minutes", "loss", "learning_rate", "loader_share"),
+    *("step", "minutes", "loss", "loader_share"),
     *("gain_db", "gain_far_db", "harmed", "in_focus_gain_db", "in_focus_harmed", "phase_gain_db"),
 )
 
@@ -47,8 +48,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     steps: int | None = None
     """One of the two is the length."""
     batch: int = 16
-    learning_rate: float = 2e-3
-    weight_decay: float = 1e-4
+    muon_rate: float = 0.02
+    adamw_rate: float = 2e-3
     clip_norm: float = 1.0
     average_decay: float = 0.999
     objectives: int = 1000
@@ -104,63 +105,76 @@ def _train(data: Path, out: Path, settings: Settings) -> Path:
     network = Light().to(settings.device)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs
     average = copy.deepcopy(network).eval()
-    optimiser = torch.optim.AdamW(
-        network.parameters(),
-        settings.learning_rate,
-        betas=(0.9, 0.98),
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-    path = out / CHECKPOINT
-    progress = Progress()
+    optimisers = _optimisers(network, settings)
+    path, progress = out / CHECKPOINT, Progress()
     if path.exists():
-        progress = Progress(**load_checkpoint(path, network, average, optimiser))
+        state = load_checkpoint(path, network, average, list(optimisers))
+        progress = Progress(**state)
 
     sources = load_sources(data, held_out=False, specimens=settings.specimens, seed=settings.seed)
     bank = build_bank(settings.objectives, settings.seed)
     unseen = list(_validation_batches(data, settings))
-    running_loss, loader_s, saved_min = 0.0, 0.0, progress.minutes
-    batches = _pairs(sources, bank, settings, progress.step)
+    pairs = _pairs(sources, bank, settings, progress.step)
+    recent_losses: list[float] = []
+    loader_s, saved_min = 0.0, progress.minutes
 
     while progress.share(settings) < 1:
         started = time.perf_counter()
-        rate = _learning_rate(settings, progress)
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        blurred, truth = next(batches)
+        pair = next(pairs)
         loader_s += time.perf_counter() - started
-
-        with torch.autocast(settings.device, dtype=torch.bfloat16):
-            answer = network(blurred.to(settings.device))
-        target = truth.to(settings.device)
-        loss = losses.scheduled(answer.float(), target, progress.share(settings))
-        optimiser.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
-        optimiser.step()
+        recent_losses.append(_step(network, optimisers, pair, progress, settings))
         _follow(average, network, settings.average_decay, progress.step)
-
-        running_loss += (loss.item() - running_loss) / min(100, progress.step + 1)
         progress.step += 1
         progress.minutes += (time.perf_counter() - started) / 60
-        is_due = progress.minutes - saved_min >= CHECKPOINT_MIN
-        if is_due or progress.share(settings) >= 1:
-            figures: dict[str, Any] = _validate(average, unseen, settings)
-            figures |= {"step": progress.step, "minutes": progress.minutes, "loss": running_loss}
-            figures["learning_rate"] = rate
-            figures["loader_share"] = loader_s / 60 / (progress.minutes - saved_min)
-            _write_row(out / LOG, figures)
+
+        since_min = progress.minutes - saved_min
+        if since_min >= CHECKPOINT_MIN or progress.share(settings) >= 1:
+            figures = _validate(average, unseen, settings)
+            figures["loss"] = float(np.mean(recent_losses))
+            figures["loader_share"] = loader_s / 60 / since_min
             state = {"step": progress.step, "minutes": progress.minutes}
-            save_checkpoint(path, network, average, optimiser, state)
-            loader_s, saved_min = 0.0, progress.minutes
+            _write_row(out / LOG, state | figures)
+            save_checkpoint(path, network, average, list(optimisers), state)
+            recent_losses, loader_s, saved_min = [], 0.0, progress.minutes
     return path
 
 
-def _learning_rate(settings: Settings, progress: Progress) -> float:
-    """A hundred steps of warm-up, then half a cosine down to a two-hundredth."""
+def _step(
+    network: Light,
+    optimisers: dict[torch.optim.Optimizer, float],
+    pair: tuple[Tensor, Tensor],
+    progress: Progress,
+    settings: Settings,
+) -> float:
+    """Forward in bfloat16, loss in float32, back, and one step of every optimiser; the loss."""
+    blurred, truth = (tensor.to(settings.device) for tensor in pair)
+    with torch.autocast(settings.device, dtype=torch.bfloat16):
+        answer = network(blurred)
+    loss = losses.scheduled(answer.float(), truth, progress.share(settings))
+    network.zero_grad(set_to_none=True)
+    torch.autograd.backward(loss)
+    nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
+    for optimiser, full_rate in optimisers.items():
+        for group in optimiser.param_groups:
+            group["lr"] = full_rate * _rate(progress, settings)
+        optimiser.step()
+    return loss.item()
+
+
+def _optimisers(network: Light, settings: Settings) -> dict[torch.optim.Optimizer, float]:
+    """Muon for the maps between features, AdamW for the ways in and out; each with its rate."""
+    ends = [*network.head.parameters(), *network.tail.parameters(), *network.permit.parameters()]
+    inner = [p for p in network.parameters() if all(p is not end for end in ends)]
+    muon = Muon(inner, settings.muon_rate)
+    adamw = torch.optim.AdamW(ends, settings.adamw_rate, betas=(0.9, 0.98), fused=True)
+    return {muon: settings.muon_rate, adamw: settings.adamw_rate}
+
+
+def _rate(progress: Progress, settings: Settings) -> float:
+    """Share of the full learning rates: a hundred steps of warm-up, then half a cosine."""
     warm_up = min(1.0, (progress.step + 1) / 100)
     cosine = 0.5 * (1 + math.cos(math.pi * progress.share(settings)))
-    return settings.learning_rate * warm_up * (cosine + 0.005)
+    return warm_up * (cosine + 0.005)
 
 
 def _pairs(

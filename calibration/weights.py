@@ -5,6 +5,7 @@ moments, and a JSON state (step, minutes trained) in the header.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,16 @@ def save_checkpoint(
     path: Path,
     network: nn.Module,
     average: nn.Module,
-    optimiser: torch.optim.Optimizer,
+    optimisers: Sequence[torch.optim.Optimizer],
     state: dict[str, Any],
 ) -> None:
     """Write everything a training needs to go on; *state* must be JSON."""
     tensors: dict[str, Tensor] = {}
     tensors |= {f"network.{name}": t for name, t in network.state_dict().items()}
     tensors |= {f"average.{name}": t for name, t in average.state_dict().items()}
-    for number, moments in optimiser.state_dict()["state"].items():
-        tensors |= {f"optimiser.{number}.{name}": t for name, t in moments.items()}
+    for k, optimiser in enumerate(optimisers):
+        for number, moments in optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser{k}.{number}.{name}": t for name, t in moments.items()}
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     part = path.with_suffix(".part")
     save_file(plain, part, metadata={"state": json.dumps(state)})
@@ -36,22 +38,17 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, network: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer
+    path: Path,
+    network: nn.Module,
+    average: nn.Module,
+    optimisers: Sequence[torch.optim.Optimizer],
 ) -> dict[str, Any]:
-    """Fill network, average and optimiser from *path*; returns the state saved with them."""
+    """Fill network, average and optimisers from *path*; returns the state saved with them."""
     tensors, state = _read(path)
     network.load_state_dict(_under(tensors, "network."))
     average.load_state_dict(_under(tensors, "average."))
-    parameters = [p for group in optimiser.param_groups for p in group["params"]]
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in _under(tensors, "optimiser.").items():
-        number, moment = name.split(".", 1)
-        like = parameters[int(number)]
-        if tensor.shape == like.shape:  # the fused optimiser wants moments in their weight's layout
-            tensor = torch.empty_like(like).copy_(tensor)
-        moments.setdefault(int(number), {})[moment] = tensor
-    groups = optimiser.state_dict()["param_groups"]
-    optimiser.load_state_dict({"state": moments, "param_groups": groups})
+    for k, optimiser in enumerate(optimisers):
+        _load_moments(optimiser, _under(tensors, f"optimiser{k}."))
     return state
 
 
@@ -59,6 +56,19 @@ def load_average(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The averaged weights of a checkpoint, which are the ones to ship, and its state."""
     tensors, state = _read(path)
     return _under(tensors, "average."), state
+
+
+def _load_moments(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        number, moment = name.split(".", 1)
+        like = parameters[int(number)]
+        if tensor.shape == like.shape:  # the fused optimiser wants moments in their weight's layout
+            tensor = torch.empty_like(like).copy_(tensor)
+        moments.setdefault(int(number), {})[moment] = tensor
+    groups = optimiser.state_dict()["param_groups"]
+    optimiser.load_state_dict({"state": moments, "param_groups": groups})
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
