@@ -2,8 +2,13 @@
 
 The momentum of each weight, as a matrix (outputs, inputs × kernel), is replaced by the nearest
 orthogonal one, so that a step moves all directions of it alike instead of the few that the gradient
-favours. On this generator 400 steps of it did what 1500 of AdamW do, at a tenth more time a step.
-First and last layers are no maps between features and keep AdamW.
+favours. In 400 steps from scratch this generator gained 1.54 dB with it and 1.25 with AdamW at
+2e-3, at a tenth more time a step. First and last layers are no maps between features and keep
+AdamW.
+
+The rate matters more than it looks: undoing strong blur takes a large and exact amplification,
+which large steps shake apart. After three minutes the gain beyond two depths of field was 0.84 dB
+at a rate of 0.02, and 1.43 dB at 0.01.
 """
 
 import math
