@@ -89,7 +89,8 @@ def build(
     hook_time_ns: int,
 ) -> FrameHeader:
     """Header of one plane; *suffix* is the colour ("-R") or empty, times are the hook's."""
-    axes = {str(k): _axis(v) for k, v in (metadata.get("Axes") or {}).items()}
+    given = metadata.get("Axes")
+    axes = {_text(k): _axis(v) for k, v in given.items()} if isinstance(given, Mapping) else {}
     channel = str(axes.get("channel", DEFAULT_CHANNEL)) + suffix
     if suffix:
         axes["channel"] = channel
@@ -101,7 +102,7 @@ def build(
         run=run,
         seq=seq,
         axes=axes,
-        camera=str(metadata.get("Camera") or ""),
+        camera=_text(metadata.get("Camera") or ""),
         channel=channel,
         shape=(pixels.shape[0], pixels.shape[1]),
         dtype=str(pixels.dtype),
@@ -128,10 +129,14 @@ def _z(metadata: Mapping[str, Any], hardware: Hardware) -> tuple[float | None, Z
 
 
 def _axis(value: Any) -> int | str:
-    if isinstance(value, str):
-        return value
-    # Events built with numpy carry numpy integers; a fractional index is kept as its text.
-    return int(value) if float(value).is_integer() else str(value)
+    """A whole number, numpy's among them, or the text of anything else: no axis is refused."""
+    number = None if isinstance(value, str) else _number(value)
+    return int(number) if number is not None and number.is_integer() else _text(value)
+
+
+def _text(value: Any) -> str:
+    # A configuration file in Latin-1 gives names with lone surrogates, which no JSON can hold.
+    return str(value).encode("utf-8", "replace").decode()
 
 
 def _number(value: Any) -> float | None:

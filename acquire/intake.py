@@ -6,8 +6,8 @@ gives up Python's interpreter lock, and getting it back can take 5 ms and more.)
 thread does the rest: it builds the headers, numbers the frames and hands each to both sides.
 
 Policies, one a queue:
-  trunk    every frame, in order, to the writer. Bounded in bytes. Full: `put` waits up to
-           raw_stall_ms, then the frame is booked FAILED and the acquisition is stopped loudly.
+  trunk    every frame, in order, to the writer. Bounded in bytes; half full is said. Full: `put`
+           waits up to raw_stall_ms, then the frame is booked FAILED and the hook told why.
   branch   the newest few frames, to the link. Full: the oldest leaves and is booked SKIPPED.
   answers  what the link says became of a frame, to the writer. Refocused planes are bounded by the
            link, which sends no frame while many wait; a raw frame always goes first.
@@ -15,95 +15,31 @@ Policies, one a queue:
 Every counter here has one thread that writes it; together they need no lock.
 """
 
+import contextlib
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy.typing as npt
 
 from acquire import header
 from acquire.header import Hardware
+from acquire.items import Answer, Arrival, Exposure, Item, Note, Refused
 from refocus.errors import RefocusError
-from refocus.frame import Frame, Pixels, RefocusOutcome
-from store.writer import RunWriter
+from refocus.frame import Frame, RefocusOutcome
 
-
-@dataclass(frozen=True, slots=True)
-class Exposure:
-    """What the hook got, as it got it. *refused*: why it was not taken, empty where it was."""
-
-    image: npt.NDArray[Any]
-    metadata: Mapping[str, Any]
-    hardware: Hardware
-    wall_time_ns: int
-    hook_time_ns: int
-    weight_bytes: int
-    refused: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """A raw frame on its way to the disk, with Micro-Manager's tags as they came."""
-
-    frame: Frame
-    tags: Mapping[str, Any]
-    weight_bytes: int
-    """Its share of the raw queue."""
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """A frame that came through the hook but cannot be written, and why."""
-
-    seq: int
-    reason: str
-    weight_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Maker:
-    """Which generator made a plane, in which runtime."""
-
-    package_hash: str
-    name: str
-    version: str
-    runtime: str
-
-
-@dataclass(frozen=True, slots=True)
-class Plane:
-    """A refocused plane (y, x) and how it came about."""
-
-    pixels: Pixels
-    clipped: int
-    maker: Maker
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What became of the refocusing of one frame; the *plane* only with REFOCUSED."""
-
-    seq: int
-    outcome: RefocusOutcome
-    reason: str = ""
-    plane: Plane | None = None
-
-
-Note = Callable[[RunWriter], object]
-"""Something else for the writer's thread to put into the run: a scaling, an event."""
-
-Item = Arrival | Refused | Answer | Note
+WARN_AT = 0.5
+"""Share of the raw queue from which on it is said that the disk is slow."""
 
 
 class Intake:
     """Hands frames from the hook's thread to the writer's and the link's.
 
-    Each method names the thread that may call it. *on_trouble* hears, from the intake's thread,
-    why a frame cannot be read.
+    *on_trouble* hears, from the intake's thread, why a frame cannot be read, and that the raw queue
+    is half full.
     """
 
     def __init__(
@@ -129,6 +65,7 @@ class Intake:
         self.received = 0
         """Frames they became: a colour image is three (intake's thread)."""
         self.high_water_bytes = 0
+        self._ended = False
         self._bytes_in = 0
         self._bytes_out = 0
         self._planes_in = 0
@@ -154,51 +91,75 @@ class Intake:
         hook_time_ns: int,
         *,
         may_wait: bool,
-    ) -> bool:
-        """Takes an image. False: the raw queue stayed full, the image is booked FAILED instead."""
+    ) -> str:
+        """Takes an image; returns why not, where the raw queue stayed full or the run is closed.
+
+        A refused image is booked FAILED, except after the end: then there is no run to book it in.
+        """
+        if self._ended:
+            return "it came after the recorder was closed"
         weight = int(getattr(image, "nbytes", 0))
-        waiting = self.waiting_bytes + weight
         refused = ""
-        if waiting > self._raw_queue_bytes and not self._wait_for_room(weight, may_wait):
-            mib = self._raw_queue_bytes / 2**20
-            refused, weight = f"raw queue of {mib:g} MiB full: the disk is too slow", 0
+        if not self._has_room(weight) and not self._wait_for_room(weight, may_wait):
+            weight = 0
+            refused = (
+                f"the raw queue of {self._raw_queue_bytes / 2**20:g} MiB stayed full, the disk "
+                "does not keep up; use a faster disk, a lower rate or a larger raw_queue_mib"
+            )
         self.exposures += 1
         self._bytes_in += weight
         self.high_water_bytes = max(self.high_water_bytes, self.waiting_bytes)
         self._exposures.put(
             Exposure(image, metadata, hardware, wall_time_ns, hook_time_ns, weight, refused)
         )
-        return not refused
+        return refused
 
     def _wait_for_room(self, nbytes: int, may_wait: bool) -> bool:
         deadline_ns = time.monotonic_ns() + self._raw_stall_ms * 1_000_000 * may_wait
-        while self.waiting_bytes + nbytes > self._raw_queue_bytes:
-            if self.waiting_bytes == 0:
-                return True  # one frame larger than the whole queue still has to pass
+        while not self._has_room(nbytes):
             if time.monotonic_ns() >= deadline_ns:
                 return False
             time.sleep(0.001)
         return True
 
+    def _has_room(self, nbytes: int) -> bool:
+        # An image larger than the whole queue still has to pass, alone.
+        waiting = self.waiting_bytes
+        return waiting == 0 or waiting + nbytes <= self._raw_queue_bytes
+
     # -- the intake's own thread -----------------------------------------------------------------
 
     def _receive(self) -> None:
         while (exposure := self._exposures.get()) is not None:
-            reason = exposure.refused
-            if not reason:
-                try:
-                    self._hand_on(exposure)
-                    continue
-                except Exception as error:  # noqa: BLE001 - a frame that cannot be read is booked
-                    reason = str(error) if isinstance(error, RefocusError) else repr(error)
-                    self._on_trouble(f"a frame cannot be read: {reason}")
+            self._pass_on(exposure)
+
+    def _pass_on(self, exposure: Exposure) -> None:
+        frames, reason = [], exposure.refused
+        if not reason:
+            try:
+                frames = self._frames(exposure)
+            except Exception as error:  # noqa: BLE001 - a frame that cannot be read is booked
+                reason = str(error) if isinstance(error, RefocusError) else repr(error)
+                self._on_trouble(f"a frame cannot be read: {reason}")
+        if reason:
             self._queue.put(Refused(self.received, reason, exposure.weight_bytes))
             self.received += 1
+            return
+        share, rest = divmod(exposure.weight_bytes, len(frames))
+        for number, frame in enumerate(frames):
+            weight = share if number else share + rest
+            self._queue.put(Arrival(frame, exposure.metadata, weight))
+            self.received += 1
+            self._offer(frame)
+        self.ring()
+        if self.waiting_bytes > self._raw_queue_bytes * WARN_AT:
+            self._on_trouble("the raw queue is half full: frames come faster than the disk writes")
 
-    def _hand_on(self, exposure: Exposure) -> None:
+    def _frames(self, exposure: Exposure) -> list[Frame]:
         planes = header.split(exposure.image, exposure.metadata, exposure.hardware)
         frames = []
-        for number, (suffix, pixels) in enumerate(planes.items()):
+        for number, (suffix, plane) in enumerate(planes.items()):
+            pixels = plane.view()
             pixels.flags.writeable = False
             built = header.build(
                 exposure.metadata,
@@ -211,12 +172,7 @@ class Intake:
                 hook_time_ns=exposure.hook_time_ns,
             )
             frames.append(Frame(built, pixels))
-        for number, frame in enumerate(frames):
-            weight = 0 if number else exposure.weight_bytes  # the first plane stands for them all
-            self._queue.put(Arrival(frame, exposure.metadata, weight))
-            self.received += 1
-            self._offer(frame)
-        self.ring()
+        return frames
 
     def _offer(self, frame: Frame) -> None:
         if self.no_engine:
@@ -282,9 +238,13 @@ class Intake:
         self._queue.put(note)
 
     def end(self) -> None:
-        """After the last `put`: returns when every exposure has been handed on."""
+        """Returns when every image that was taken has been handed on; later ones are refused."""
+        self._ended = True
         self._exposures.put(None)
         self._thread.join()
+        with contextlib.suppress(queue.Empty):  # those whose `put` had begun before
+            while (exposure := self._exposures.get_nowait()) is not None:
+                self._pass_on(exposure)
 
     def close(self) -> None:
         """After `end` and the last `answer` and `note`: the writer gets None once all is taken."""

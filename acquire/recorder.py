@@ -12,11 +12,12 @@ without a usable model package or runtime the run is recorded raw only, and `tro
 Threads: Micro-Manager's own (the hooks), intake, writer, link, supervisor.
 """
 
+import contextlib
 import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -24,14 +25,15 @@ from typing import Any
 
 import msgspec
 
-from acquire.engine_side import EngineSide, start_engine
+from acquire.engine_side import EngineSide, check_address, start_engine
 from acquire.header import Hardware
 from acquire.hook import Hook
 from acquire.intake import Intake
+from acquire.interrupts import interrupts_deferred
 from acquire.sources.hardware import hardware_reader
 from acquire.writing import Writing
 from refocus import status
-from refocus.errors import PackageError, RunError
+from refocus.errors import EngineError, PackageError, RunError
 from refocus.settings import Settings
 from store.layout import RunInfo
 from store.writer import RunWriter
@@ -41,6 +43,8 @@ log = logging.getLogger(__name__)
 INTERRUPTED_DRAIN_S = 0.5
 """How long an interrupted run waits for the engine: the user wants to leave."""
 POLL_S = 0.02
+MOST_TROUBLE = 100
+"""Different lines of trouble kept; a run that goes wrong in more ways is described well enough."""
 
 
 class Recorder:
@@ -50,21 +54,21 @@ class Recorder:
         self,
         settings: Settings | None = None,
         *,
-        out: Path,
+        out: Path | str,
         micromanager_saves: bool = False,
         expected_shape: tuple[int, int] | None = None,
-        read_hardware: Callable[[], Hardware] | None = None,
+        read_hardware: Callable[[Mapping[str, Any]], Hardware] | None = None,
     ) -> None:
         """*out*: folder of the run, which must not exist yet.
 
         *micromanager_saves*: hand every frame on to Micro-Manager's own storage as well.
         *expected_shape* (y, x): the engine gets ready for it before the first frame.
-        *read_hardware*: replaces the reading of Micro-Manager's core (for other sources).
+        *read_hardware*: replaces the reading of Micro-Manager's core for an event (for other
+        sources).
         """
         self.settings = settings or Settings()
-        self.out = out
-        self.trouble: list[str] = []
-        """What went wrong so far, one line each; the same line only once."""
+        self.out = Path(out)
+        self._told: dict[str, int] = {}
         self._lock = threading.Lock()
         self._expected_shape = expected_shape
         self._micromanager_saves = micromanager_saves
@@ -82,11 +86,13 @@ class Recorder:
             micromanager_saves=micromanager_saves,
             on_trouble=self._complain,
         )
+        self.expected = self._hook.expected
         self.stopping = self._hook.stopping
         """Set it, from any thread, to end the acquisition after the events under way."""
         self.started = False
         """The run exists on disk: from here on there is a status, whatever happens."""
         self._engine: EngineSide | None = None
+        self._interrupted = False
         self._state = "live"
 
     def hooks(self) -> dict[str, Callable[..., Any]]:
@@ -124,51 +130,69 @@ class Recorder:
 
     def status(self) -> status.Status:
         """What the run is doing now; after leaving, what became of it."""
-        counts = self._run.counts()
-        writing = self._writing
+        if not self.started:
+            raise RunError(f"run {self.out}: not started; enter the recorder first")
+        writing, engine = self._writing, self._engine
         span_s = (writing.last_frame_ns - writing.first_frame_ns) / 1e9
         return status.Status(
             run=str(self.out),
             state=self._state,
             received=self._intake.received,
-            counts=counts,
+            counts=self._run.counts(),
             expected=self._expected(),
-            fps=(self._intake.received - 1) / span_s if span_s > 0 else 0.0,
+            fps=(writing.frames - 1) / span_s if span_s > 0 else 0.0,
             latency_ms=writing.latency(),
             raw_queue_mib=self._intake.waiting_bytes / 2**20,
             raw_queue_high_mib=self._intake.high_water_bytes / 2**20,
-            workers=self._engine.link.workers if self._engine else 0,
-            generator=self._engine.package.manifest.name if self._engine else "",
-            trouble=list(self.trouble),
+            workers=engine.link.workers if engine else 0,
+            generator=engine.package.manifest.name if engine else "",
+            runtime=engine.link.runtime if engine else "",
+            trouble=self.trouble,
         )
 
+    @property
+    def trouble(self) -> list[str]:
+        """What went wrong so far, one line each, however often it did."""
+        with self._lock:
+            told = list(self._told.items())
+        return [line if times == 1 else f"{line} ({times} times)" for line, times in told]
+
     def __enter__(self) -> "Recorder":
+        if self.started:
+            raise RunError(f"run {self.out}: a recorder records one run; make another")
+        check_address(self.settings)
         info = RunInfo(
             run_id=self._run_id,
             created_wall_ns=time.time_ns(),
             version=version("refocus"),
             settings=msgspec.to_builtins(self.settings),
         )
-        self._run = RunWriter.create(self.out, info)
-        self._writing = Writing(self._run, self._intake, self._raw_failed, self._complain)
-        self.started = True
-        self._intake.start()
+        with interrupts_deferred(), contextlib.ExitStack() as closing:
+            self._run = RunWriter.create(self.out, info)
+            closing.callback(self._seal)
+            self._writing = Writing(self._run, self._intake, self._raw_failed, self._complain)
+            closing.callback(self._writing.join)
+            closing.callback(self._intake.close)
+            self._intake.start()
+            self.started = True
+            self._start_engine(closing)
+            closing.callback(self._intake.end)
+            self._closing = closing.pop_all()
+        return self
+
+    def _start_engine(self, closing: contextlib.ExitStack) -> None:
         try:
             self._engine = start_engine(
                 self.settings, self._intake, self.out, self._expected_shape, self._complain
             )
-        except PackageError as error:
-            self._intake.no_engine = f"no generator: {error}"
+        except (PackageError, EngineError) as error:
+            self._intake.no_engine = str(error)
             self._complain(f"recording raw only: {error}")
-        except BaseException:
-            self._intake.end()
-            self._intake.close()
-            self._writing.join()
-            self._seal(complete=False)
-            raise
-        if self._engine is None and not self._intake.no_engine:
+            return
+        if self._engine is None:
             self._intake.no_engine = "refocusing is switched off ([engine] runtime = none)"
-        return self
+        else:
+            closing.callback(self._engine.close)
 
     def __exit__(
         self,
@@ -176,72 +200,68 @@ class Recorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        interrupted = kind is not None or self._hook.stopping.is_set()
-        if self._engine is not None:
-            drain_s = INTERRUPTED_DRAIN_S if interrupted else self.settings.acquire.drain_s
-            self._drain(self._engine, drain_s)
-        self._intake.end()
-        if self._engine is not None:
-            self._engine.close()
-        self._intake.close()
-        self._writing.join()
-        finding = self._finding()
-        self._seal(complete=not finding and self._missing() == 0)
-        if finding and kind is None:
+        self._interrupted = kind is not None or self.stopping.is_set()
+        self.stopping.set()  # an acquisition that still runs has nobody to record it any more
+        with interrupts_deferred() as hurry:
+            self._drain(hurry)
+            self._closing.close()
+        if kind is None and (finding := self._finding()):
             raise RunError(f"run {self.out}: {finding}")
 
-    def _drain(self, engine: EngineSide, limit_s: float) -> None:
-        """Waits until every frame has an answer, no worker is left to give one, or *limit_s*."""
+    def _drain(self, hurry: threading.Event) -> None:
+        """Waits a while for every frame to have its answer, unless there is nobody to give one."""
+        limit_s = INTERRUPTED_DRAIN_S if self._interrupted else self.settings.acquire.drain_s
         deadline = time.monotonic() + limit_s
-        while time.monotonic() < deadline and not engine.supervisor.gave_up.is_set():
-            if self._writing.unanswered == 0 and self._intake.waiting_bytes == 0:
+        while self._engine is not None and time.monotonic() < deadline and not hurry.is_set():
+            hopeless = self._engine.supervisor.gave_up.is_set() and not self._engine.link.workers
+            if hopeless or (self._writing.unanswered == 0 and self._intake.waiting_bytes == 0):
                 return
             time.sleep(POLL_S)
 
+    def _seal(self) -> None:
+        """Last step, with all threads ended."""
+        certain = self.expected.submitted is not None or not self._interrupted
+        complete = certain and not self._finding() and self.expected.missing == 0
+        note = "; ".join(self.trouble)
+        self._run.close(complete=complete, expected_frames=self._expected(), note=note)
+        self._state = (
+            ("complete" if complete else "incomplete") if self._writing.frames else "empty"
+        )
+
     def _finding(self) -> str:
         """What was lost, in words, or nothing."""
-        submitted, exposures = self._hook.events, self._intake.exposures
+        submitted, exposures = self.expected.submitted, self._intake.exposures
         received, failed = self._intake.received, self._run.counts().failed
         findings = []
         if failed:
             findings.append(f"{failed} of {received} frames could not be saved")
-        if self._missing() and not self.stopping.is_set():
+        if self.expected.missing and not self._interrupted:
             findings.append(
                 f"{submitted} events were submitted to Micro-Manager, {exposures} images came; "
                 "Micro-Manager's own messages name the device or preset at fault"
             )
-        if not received and not findings and not self.stopping.is_set():
+        if not received and not findings and not self._interrupted:
             findings.append("not one frame came through the hook")
         if submitted is None and received:
             log.info("only recorder.hook is in use: nothing counts what was submitted")
         return "; ".join(findings)
 
-    def _seal(self, *, complete: bool) -> None:
-        self._run.close(
-            complete=complete, expected_frames=self._expected(), note="; ".join(self.trouble)
-        )
-        self._state = (
-            ("complete" if complete else "incomplete") if self._intake.received else "empty"
-        )
-
-    def _missing(self) -> int:
-        """Images that were submitted and never came."""
-        return max(0, (self._hook.events or 0) - self._intake.exposures)
-
     def _expected(self) -> int | None:
         """Frames that should be in the run: a colour image is three, what is missing is one."""
-        if self._hook.events is None:
+        if self.expected.submitted is None:
             return None
-        return self._intake.received + self._missing()
+        return self._intake.received + self.expected.missing
 
     def _raw_failed(self, reason: str) -> None:
         self._complain(f"a raw frame could not be saved: {reason}")
         if not self._micromanager_saves:
-            self._hook.stopping.set()  # going on would only expose the sample for nothing
+            self.stopping.set()  # going on would only expose the sample for nothing
 
     def _complain(self, line: str) -> None:
         with self._lock:
-            if line in self.trouble:
+            if line not in self._told and len(self._told) >= MOST_TROUBLE:
                 return
-            self.trouble.append(line)
-        log.error(line)
+            self._told[line] = self._told.get(line, 0) + 1
+            first = self._told[line] == 1
+        if first:
+            log.error(line)

@@ -29,6 +29,8 @@ FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
 LIVED_S = 60.0
 MOST_DEATHS = 5
+POLL_S = 0.05
+CANNOT_BE_KILLED = -1000
 CANNOT_START = 2
 """Exit code of a worker that would fail again: wrong settings, unusable model package."""
 STOP_S = 1.5
@@ -43,18 +45,22 @@ class Supervisor:
         arguments: list[str],
         secret: str,
         log_path: Path,
+        hello_within_s: float,
         on_event: Callable[[str, dict[str, object]], None],
     ) -> None:
-        self._command = [sys.executable, "-P", "-m", "engine.worker", *arguments]
-        # -P: a folder called engine in the user's working directory must not be run instead
+        # -P: a folder called engine in the user's working directory must not be run instead.
+        self._command = [sys.executable, "-P", "-m", "engine.worker", "--supervised", *arguments]
         # Through the environment, because a command line can be read by every user of the machine.
         self._environment = {**os.environ, wire.SECRET_VARIABLE: secret}
         self._log_path = log_path
+        self._hello_within_s = hello_within_s
         self._on_event = on_event
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._introduced = 0
         self.gave_up = threading.Event()
+        """No worker runs and none will be started any more."""
         self._thread = threading.Thread(target=self._run, name="refocus-supervisor")
         self._thread.start()
 
@@ -64,6 +70,10 @@ class Supervisor:
         process = self._process
         return process.pid if process is not None and process.poll() is None else None
 
+    def introduced(self, pid: int) -> None:
+        """The worker has said HELLO to the link, which watches it from now on."""
+        self._introduced = pid
+
     def kill(self, pid: int, reason: str) -> None:
         """Kills the worker if *pid* is still ours (a stopped process dies of it too)."""
         with self._lock:
@@ -72,15 +82,17 @@ class Supervisor:
                 self._process.kill()
 
     def close(self) -> None:
-        """Stops the worker: end of its input, then a short wait, then kill. No process is left."""
+        """Stops the worker: end of its input, a short wait, then kill. Returns within seconds."""
         self._stopping.set()
-        with self._lock:
-            if self._process is not None and self._process.stdin is not None:
-                with contextlib.suppress(OSError):
-                    self._process.stdin.close()
         self._thread.join()
 
     def _run(self) -> None:
+        try:
+            self._keep_alive()
+        except Exception as error:  # noqa: BLE001 - no process, no log: recording must go on
+            self._give_up(f"it cannot be started: {error}")
+
+    def _keep_alive(self) -> None:
         deaths: deque[float] = deque(maxlen=MOST_DEATHS)
         pause_s = FIRST_PAUSE_S
         while not self._stopping.is_set():
@@ -92,14 +104,17 @@ class Supervisor:
             deaths.append(now)
             self._on_event("worker_died", {"exit_code": code, "last_words": self._last_words()})
             hopeless = len(deaths) == MOST_DEATHS and now - deaths[0] < LIVED_S
-            if hopeless or code == CANNOT_START:
-                self.gave_up.set()
-                self._on_event("worker_given_up", {"last_words": self._last_words()})
+            if hopeless or code in (CANNOT_START, CANNOT_BE_KILLED):
+                self._give_up(self._last_words())
                 return
             if now - started > LIVED_S:
                 pause_s = FIRST_PAUSE_S
             self._stopping.wait(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    def _give_up(self, reason: str) -> None:
+        self.gave_up.set()
+        self._on_event("worker_given_up", {"reason": reason or "it left without a word"})
 
     def _one_life(self) -> int:
         """Runs one worker to its end; returns its exit code (negative: the signal)."""
@@ -114,24 +129,33 @@ class Supervisor:
                 start_new_session=os.name == "posix",
                 creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
             )
+        assert process.stdin is not None
         with self._lock:
             self._process = process
         self._on_event("worker_started", {"pid": process.pid})
-        while process.poll() is None and not self._stopping.wait(0.05):
-            pass
-        if process.poll() is None:
-            with contextlib.suppress(OSError):
-                process.stdin.close()  # type: ignore[union-attr]
-            try:
-                process.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-        code = process.wait()
+        started = time.monotonic()
+        while process.poll() is None and not self._stopping.wait(POLL_S):
+            mute = self._introduced != process.pid
+            if mute and time.monotonic() - started > self._hello_within_s:
+                self.kill(process.pid, f"no word of it within {self._hello_within_s:g} s")
+                break
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+        code = self._end(process)
         with self._lock:
             self._process = None
-        with contextlib.suppress(OSError):
-            process.stdin.close()  # type: ignore[union-attr]
         return code
+
+    def _end(self, process: "subprocess.Popen[bytes]") -> int:
+        try:
+            return process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        try:
+            return process.wait(STOP_S)
+        except subprocess.TimeoutExpired:  # deep in a driver: it dies when the driver lets go
+            log.warning("worker %d cannot be killed; it is left to the system", process.pid)
+            return CANNOT_BE_KILLED
 
     def _last_words(self) -> str:
         with contextlib.suppress(OSError):

@@ -5,7 +5,7 @@ answers, and only then looks for the next. A second thread does nothing but the 
 socket of its own, so that a long computation is no silence and a stopped process is.
 
 The worker may be killed at any time: it holds nothing that anyone needs. It leaves by itself when
-its input closes (the recorder that started it is gone) or when it hears no heartbeat for a while
+the recorder that started it is gone (--supervised) or when it hears no heartbeat for a while
 (the daemon, perhaps on another host, is gone). It runs below normal priority: a frame on its way
 to the disk matters more than a frame that waits here.
 """
@@ -29,13 +29,13 @@ from engine import checks, package
 from engine.runtimes import Runtime, open_runtime
 from engine.scaling import Scaling
 from refocus import wire
-from refocus.errors import RefocusError, RejectedError
+from refocus.errors import RefocusError, RejectedError, SettingsError, WireError
 from refocus.frame import Pixels
 
 CREDIT = 2
 """Frames held at once: one in work, and the next one here already when it is done."""
-DEAF_S = 10.0
-"""Without a heartbeat from the link for so long, the worker leaves."""
+DEAF_BEATS = 40
+"""After so many heartbeats of the link that did not come, the worker leaves."""
 SEND_TIMEOUT_MS = 5000
 
 
@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a worker until it is told to stop. Exit code 0, or 2 when it cannot start."""
     arguments = _arguments(argv)
     _step_back()
-    _leave_with_parent()
+    if arguments.supervised:
+        _leave_with_parent()
     try:
         loaded = package.load(arguments.model)
         runtime = open_runtime(arguments.runtime, arguments.threads or None)
@@ -55,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     context = zmq.Context()
     try:
         _Worker(context, arguments, loaded, runtime).run()
+    except RefocusError as error:
+        print(f"worker: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
     finally:
         runtime.close()
         context.destroy(linger=0)
@@ -74,7 +78,7 @@ class _Worker:
         self._context = context
         self._address: str = arguments.address
         self._beat_ms: int = arguments.beat_ms
-        self._shapes = {arguments.warm} if arguments.warm else set()
+        self._shape: tuple[int, int] | None = arguments.warm
         self._secret = os.environ.get(wire.SECRET_VARIABLE, "")
         self._package = loaded
         self._runtime = runtime
@@ -105,7 +109,7 @@ class _Worker:
             pid=os.getpid(),
             model=self._package.hash,
             runtime=self._runtime.name,
-            shapes=sorted(self._shapes),
+            shapes=[self._shape] if self._shape else [],
             credit=CREDIT,
         )
         self._socket.send_multipart(wire.encode(hello))
@@ -116,8 +120,14 @@ class _Worker:
             if self._renew.is_set():
                 self._introduce()
             return True
-        message, pixels = wire.decode(self._socket.recv_multipart(copy=False))
+        try:
+            message, pixels = wire.decode(self._socket.recv_multipart(copy=False))
+        except WireError as error:
+            print(f"worker: a message was thrown away: {error}", file=sys.stderr, flush=True)
+            return True
         match message:
+            case wire.Bye(refused=why) if why:
+                raise SettingsError(f"the link refused this worker: {why}")
             case wire.Bye():
                 return False
             case wire.Job() if pixels is not None and message.epoch == self._epoch:
@@ -125,14 +135,14 @@ class _Worker:
         return True
 
     def _work(self, job: wire.Job, pixels: Pixels) -> None:
-        started_ns = time.monotonic_ns()
         self._seq = seq = job.frame.seq
         try:
-            if pixels.shape not in self._shapes:
+            if pixels.shape != self._shape:
                 what = f"compiling for {pixels.shape[0]} x {pixels.shape[1]}"
                 self._send(wire.Busy(epoch=self._epoch, what=what))
-            self._runtime.load(self._package, pixels.shape)
-            self._shapes.add(pixels.shape)
+                self._runtime.load(self._package, pixels.shape)
+                self._send(wire.Busy(epoch=self._epoch, what=""))
+                self._shape = pixels.shape
             made = self._runtime.refocus(pixels, Scaling(job.offset, job.scale))
             checks.check_plane(pixels, made.pixels)
         except RejectedError as error:
@@ -146,7 +156,6 @@ class _Worker:
                 shape=made.pixels.shape,
                 dtype=str(made.pixels.dtype),
                 clipped=made.clipped,
-                compute_ns=time.monotonic_ns() - started_ns,
             )
             self._send(result, made.pixels)
         self._seq = None
@@ -162,12 +171,14 @@ class _Worker:
                     beat = wire.Beat(epoch=self._epoch, seq=self._seq)
                     socket.send_multipart(wire.encode(beat), zmq.DONTWAIT)
                 if socket.poll(self._beat_ms):
-                    message, _ = wire.decode(socket.recv_multipart())
                     heard = time.monotonic()
-                    if isinstance(message, wire.Renew) and message.epoch == self._epoch:
-                        self._renew.set()
+                    parts = socket.recv_multipart()
+                    with contextlib.suppress(WireError):
+                        message, _ = wire.decode(parts)
+                        if isinstance(message, wire.Renew) and message.epoch == self._epoch:
+                            self._renew.set()
                     self._stopped.wait(self._beat_ms / 1000)
-                elif time.monotonic() - heard > DEAF_S:
+                elif time.monotonic() - heard > DEAF_BEATS * self._beat_ms / 1000:
                     os._exit(0)  # the work thread may be deep in a computation: no orderly way out
 
 
@@ -204,8 +215,7 @@ def _leave_with_parent() -> None:
             pass
         os._exit(0)
 
-    if not sys.stdin.isatty():  # started by hand in a terminal: Ctrl-C is the way out
-        threading.Thread(target=watch, name="refocus-parent", daemon=True).start()
+    threading.Thread(target=watch, name="refocus-parent", daemon=True).start()
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -220,6 +230,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores but one")
     parser.add_argument("--beat-ms", type=int, default=250, help="heartbeat interval")
     parser.add_argument("--warm", type=shape, help="frame shape YxX to compile before starting")
+    parser.add_argument(
+        "--supervised", action="store_true", help="end with the parent, or when input is closed"
+    )
     return parser.parse_args(argv)
 
 

@@ -96,7 +96,7 @@ def recording(folder: Path, settings: Settings) -> Iterator[Recorder]:
     """A recorder on a fresh run that is checked and removed afterwards."""
     with tempfile.TemporaryDirectory(dir=folder, prefix="refocus-bench-") as scratch:
         run = Path(scratch) / "run"
-        with Recorder(settings, out=run, read_hardware=lambda: UNKNOWN) as recorder:
+        with Recorder(settings, out=run, read_hardware=lambda event: UNKNOWN) as recorder:
             yield recorder
         report = check(run)
         if report.raw.damaged or report.raw.readable != recorder.status().received:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
-import numpy as np
 import numpy.typing as npt
 
 from refocus.errors import WireError
@@ -97,11 +96,6 @@ class FrameHeader(msgspec.Struct, frozen=True, kw_only=True):
             raise WireError(f"frame header: dtype must be one of {DTYPES}, got {self.dtype!r}")
         if self.pixel_um is not None and not (math.isfinite(self.pixel_um) and self.pixel_um > 0):
             raise WireError(f"frame header: pixel_um must be positive or null, got {self.pixel_um}")
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the pixels in bytes."""
-        return self.shape[0] * self.shape[1] * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True, slots=True)

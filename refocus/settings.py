@@ -121,7 +121,7 @@ def parse(text: bytes, origin: str) -> Settings:
         ) from error
     for (section, key), least in _AT_LEAST.items():
         value = getattr(getattr(settings, section), key)
-        if value < least:
+        if not value >= least:  # NaN, too
             raise SettingsError(
                 f"{origin}: [{section}] {key} must be at least {least:g}, got {value}"
             )

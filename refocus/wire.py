@@ -2,11 +2,12 @@
 
 The link (daemon side) binds a ROUTER, a worker connects DEALERs. No pickle anywhere: a header is
 JSON of a known struct, pixels are the bare bytes of one plane. Any byte string that is not a valid
-message raises `WireError` here and costs its sender the connection, never the receiver.
+message raises `WireError` here; the receiver throws it away and lives on, and the link gives up the
+worker that sent it. `encode` refuses what `decode` would refuse.
 
   worker -> link   HELLO   I am here: epoch, secret, model, how many frames I can hold (credit)
                    BEAT    every 250 ms, from a thread of its own: alive, and the seq in work
-                   BUSY    compiling or warming up: do not count this as a hang
+                   BUSY    compiling or warming up (or, with no words, done with it): not a hang
                    RESULT  the refocused plane of one seq
                    FAULT   one seq could not be refocused, and why
                    BYE     leaving in order
@@ -78,7 +79,7 @@ class Beat(_Header, frozen=True, kw_only=True):
 
 
 class Busy(_Header, frozen=True, kw_only=True):
-    """A long step that is no hang, in words ("compiling for 2048 x 2048")."""
+    """A long step that is no hang, in words ("compiling for 2048 x 2048"); empty: it is over."""
 
     what: str
 
@@ -98,8 +99,6 @@ class Result(_Header, frozen=True, kw_only=True):
     shape: tuple[int, int]
     dtype: str
     clipped: int
-    compute_ns: int
-    """Time the worker spent on this plane, from its arrival to its answer."""
 
 
 class Fault(_Header, frozen=True, kw_only=True):
@@ -115,7 +114,9 @@ class Renew(_Header, frozen=True, kw_only=True):
 
 
 class Bye(_Header, frozen=True, kw_only=True):
-    """Leaving (worker) or stop (link)."""
+    """Leaving (worker) or stop (link); *refused*: why the link will not have this worker."""
+
+    refused: str = ""
 
 
 Message = Hello | Beat | Busy | Job | Result | Fault | Renew | Bye
@@ -141,11 +142,22 @@ T = TypeVar("T")
 
 
 def encode(message: Message, pixels: Pixels | None = None) -> list[Any]:
-    """Parts to hand to ``send_multipart(..., copy=False)``; *pixels* must be C-contiguous."""
-    parts: list[Any] = [_KINDS[type(message)].value, _ENCODER.encode(message)]
-    if pixels is not None:
-        parts.append(pixels)
-    return parts
+    """Parts to hand to ``send_multipart(..., copy=False)``; *pixels* must be C-contiguous.
+
+    Raises WireError where the other side would have to refuse them.
+    """
+    kind = _KINDS[type(message)]
+    try:
+        header = _ENCODER.encode(message)
+    except (msgspec.MsgspecError, UnicodeEncodeError) as error:
+        raise WireError(f"{kind.name}: header cannot be sent: {error}") from error
+    if len(header) > MAX_HEADER_BYTES:
+        raise WireError(f"{kind.name}: header of {len(header)} bytes, at most {MAX_HEADER_BYTES}")
+    if pixels is None:
+        return [kind.value, header]
+    if pixels.nbytes > MAX_PIXEL_BYTES:
+        raise WireError(f"{kind.name}: {pixels.nbytes} bytes of pixels, at most {MAX_PIXEL_BYTES}")
+    return [kind.value, header, pixels]
 
 
 def decode(parts: list[Any]) -> tuple[Message, Pixels | None]:

@@ -8,7 +8,8 @@ import pytest
 
 from acquire.header import Hardware
 from acquire.hook import Hook
-from acquire.intake import Answer, Arrival, Intake, Item, Refused
+from acquire.intake import Intake
+from acquire.items import Answer, Arrival, Item, Refused
 from refocus.frame import RefocusOutcome
 
 SNAP = {
@@ -69,7 +70,7 @@ class Bench:
 
 
 def test_a_snap_brings_its_own_positions() -> None:
-    b = Bench(read_hardware=lambda: STAGE)
+    b = Bench(read_hardware=lambda event: STAGE)
     before_ns = time.monotonic_ns()
     assert b.hook.hardware({"axes": SNAP["Axes"]}) == {"axes": SNAP["Axes"]}
     assert b.hook.image(image(), SNAP) is None
@@ -87,7 +88,7 @@ def test_a_snap_brings_its_own_positions() -> None:
 
 
 def test_a_sequence_takes_z_from_the_stage_as_it_stood() -> None:
-    b = Bench(read_hardware=lambda: STAGE)
+    b = Bench(read_hardware=lambda event: STAGE)
     b.hook.hardware([{"axes": {"time": 0, "z": z}} for z in range(3)])
     b.hook.image(image(), SEQUENCE)
     b.hook.image(image(), {**SEQUENCE, "Axes": {"time": 9}})
@@ -104,7 +105,7 @@ def test_a_colour_exposure_is_three_planes(dtype: str, sample: str) -> None:
     samples = np.arange(3 * 4 * 4).reshape(3, 4, 4).astype(sample)  # B, G, R, A
     packed = samples.view(f"<{dtype[0]}{np.dtype(dtype).itemsize}")[..., 0]
     assert packed.dtype == dtype
-    b = Bench(read_hardware=lambda: Hardware(components=4))
+    b = Bench(read_hardware=lambda event: Hardware(components=4))
     b.hook.hardware({"axes": SNAP["Axes"]})
     b.hook.image(packed, SNAP)
     frames = [item.frame for item in b.items if isinstance(item, Arrival)]
@@ -116,7 +117,7 @@ def test_a_colour_exposure_is_three_planes(dtype: str, sample: str) -> None:
 
 def test_32_bit_grey_is_the_bits_of_a_float() -> None:
     values = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
-    b = Bench(read_hardware=lambda: Hardware(components=1))
+    b = Bench(read_hardware=lambda event: Hardware(components=1))
     b.hook.hardware({"axes": SNAP["Axes"]})
     b.hook.image(values.view(np.uint32), SNAP)
     (arrival,) = b.items
@@ -132,7 +133,6 @@ def test_32_bit_grey_is_the_bits_of_a_float() -> None:
         (image("float64"), SNAP),
         (image("uint16", (3, 4, 5)), SNAP),
         (image("uint16", (0, 4)), SNAP),
-        (image(), {"Axes": {"time": object()}}),
         (None, SNAP),
     ],
     ids=str,
@@ -152,14 +152,34 @@ def test_what_cannot_be_read_is_booked_and_nothing_is_raised(pixels: Any, metada
 
 def test_odd_metadata_become_unknown_not_an_error() -> None:
     odd = {**SNAP, "Exposure": "soon", "PixelSize_um": "nan", "ImageNumber": True, "Camera": None}
-    odd["Axes"] = {"time": np.int64(3), "angle": 0.5, "z": 2.0}
+    odd["Axes"] = {
+        "time": np.int64(3),
+        "angle": 0.5,
+        "z": 2.0,
+        "tile": [0, 1],
+        "none": None,
+        "channel": "488 \udcb5m",  # a configuration file in Latin-1
+    }
     b = Bench()
     b.hook.image(image(), odd)
     (arrival,) = b.items
     assert isinstance(arrival, Arrival)
     got = arrival.frame.header
     assert (got.exposure_ms, got.pixel_um, got.image_number, got.camera) == (None, None, None, "")
-    assert got.axes == {"time": 3, "angle": "0.5", "z": 2}
+    wanted = {"time": 3, "angle": "0.5", "z": 2, "tile": "[0, 1]", "none": "None"}
+    assert got.axes == {**wanted, "channel": "488 ?m"}
+    assert b.trouble == []
+
+
+@pytest.mark.parametrize("metadata", [None, 3, {"Axes": None}, {"Axes": 7}, {}])
+def test_an_image_without_usable_metadata_is_kept(metadata: Any) -> None:
+    b = Bench(read_hardware=lambda event: STAGE)
+    b.hook.event({"axes": {"tile": [0, 1]}})
+    b.hook.hardware({"axes": {"tile": [0, 1]}})
+    b.hook.image(image(), metadata)
+    (item,) = b.items
+    assert isinstance(item, Arrival)
+    assert b.intake.exposures == 1
 
 
 def test_micromanager_gets_the_very_object_back_where_it_saves_too() -> None:
@@ -174,7 +194,7 @@ def test_micromanager_gets_the_very_object_back_where_it_saves_too() -> None:
 
 
 def test_a_core_that_fails_costs_the_reading_not_the_frame() -> None:
-    def broken() -> Hardware:
+    def broken(event: object) -> Hardware:
         raise RuntimeError("serial port")
 
     b = Bench(read_hardware=broken)
@@ -191,8 +211,7 @@ def test_a_full_raw_queue_stops_the_acquisition_loudly() -> None:
         b.hook.image(image(), SNAP)
     kinds = [type(item).__name__ for item in b.items]
     assert kinds == ["Arrival", "Arrival", "Refused", "Refused"]
-    assert len(b.trouble) == 1
-    assert "does not keep up" in b.trouble[0]
+    assert all("does not keep up" in line for line in b.trouble if "half full" not in line)
     assert b.hook.event({"axes": {}}) is None, "Micro-Manager's way to end the remaining events"
     assert b.hook.hardware({"axes": {}}) is None
 
@@ -217,19 +236,72 @@ def test_a_slot_without_taker_drops_the_oldest() -> None:
 
 def test_events_are_counted_only_where_the_hook_is_in_use() -> None:
     b = Bench()
-    assert b.hook.events is None
+    assert b.hook.expected.submitted is None
     b.hook.event({"axes": {}})
     b.hook.event({"axes": {}})
-    assert b.hook.events == 2
+    assert b.hook.expected.submitted == 2
+    assert b.hook.expected.missing == 2
     assert b.items == []
 
 
 def test_readings_of_frames_that_never_came_do_not_pile_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("acquire.hook.MAX_STAGE_READINGS", 50)
-    b = Bench(read_hardware=lambda: STAGE)
+    monkeypatch.setattr("acquire.expected.MOST_READINGS", 50)
+    b = Bench(read_hardware=lambda event: STAGE)
     for time_index in range(500):
         b.hook.hardware({"axes": {"time": time_index}})
-    assert len(b.hook._hardware) <= 51
+    assert len(b.hook.expected._readings) == 50
     assert b.items == []
+
+
+def test_two_cameras_hide_no_image_that_is_missing() -> None:
+    """One event gives an image of each camera, under the same axes."""
+    b = Bench(read_hardware=lambda event: STAGE)
+    for index in range(3):
+        event = {"axes": {"time": index}}
+        b.hook.event(event)
+        b.hook.hardware(event)
+    for index in (0, 0, 2, 2):
+        b.hook.image(image(), {"Axes": {"time": index}})
+    assert b.hook.expected.missing == 1
+    headers = [item.frame.header for item in b.items if isinstance(item, Arrival)]
+    assert [header.z_um for header in headers] == [7.5] * 4
+
+
+def test_where_micromanager_saves_too_a_slow_disk_stops_nothing() -> None:
+    b = Bench(queue_bytes=2 * image().nbytes, micromanager_saves=True)
+    for _ in range(4):
+        pixels = image()
+        answer = b.hook.image(pixels, SNAP)
+        assert answer is not None
+        assert answer[0] is pixels
+        assert pixels.flags.writeable, "the image is still Micro-Manager's"
+    event = {"axes": {}}
+    assert b.hook.event(event) is event
+    assert b.hook.hardware(event) is event
+    assert [type(item).__name__ for item in b.items if not isinstance(item, Answer)] == [
+        "Arrival",
+        "Arrival",
+        "Refused",
+        "Refused",
+    ]
+    assert any("only in Micro-Manager's own storage" in line for line in b.trouble)
+
+
+def test_an_image_after_the_end_is_refused_loudly() -> None:
+    b = Bench()
+    b.hook.image(image(), SNAP)
+    assert len(b.items) == 1
+    b.hook.image(image(), SNAP)
+    assert b.hook.stopping.is_set()
+    assert "after the recorder was closed" in b.trouble[0]
+    assert b.intake.exposures == 1
+
+
+def test_a_slow_disk_is_said_before_it_costs_anything() -> None:
+    b = Bench(queue_bytes=10 * image().nbytes)
+    for _ in range(8):
+        b.hook.image(image(), SNAP)
+    assert len([item for item in b.items if isinstance(item, Arrival)]) == 8
+    assert set(b.trouble) == {"the raw queue is half full: frames come faster than the disk writes"}

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,7 +18,8 @@ import zmq
 
 from acquire.engine_side import EngineSide, start_engine
 from acquire.header import UNKNOWN
-from acquire.intake import Answer, Arrival, Intake
+from acquire.intake import Intake
+from acquire.items import Answer, Arrival
 from engine.package import Package
 from refocus import wire
 from refocus.frame import Pixels, RefocusOutcome
@@ -64,7 +66,9 @@ class Branch:
             pixels = RNG.integers(100, 4000, SHAPE, dtype=np.uint16)
         self.pixels[self.seq] = pixels
         metadata = {"Axes": {"time": self.seq, "channel": channel}, "PixelSize_um": pixel_um}
-        assert self.intake.put(pixels, metadata, UNKNOWN, 0, time.monotonic_ns(), may_wait=False)
+        assert not self.intake.put(
+            pixels, metadata, UNKNOWN, 0, time.monotonic_ns(), may_wait=False
+        )
         self.seq += 1
         return self.seq - 1
 
@@ -105,6 +109,18 @@ class Branch:
         self.engine.close()
         self.intake.close()
         self.drain(lambda: set(self.answers) == set(range(self.seq)))
+
+
+def hello_of(b: Branch, epoch: str) -> wire.Hello:
+    """A worker that the test plays itself."""
+    return wire.Hello(
+        epoch=epoch,
+        secret=b.engine.link._secret,
+        pid=2**22 + 1,  # no process of ours: the supervisor leaves it alone
+        model=b.engine.package.hash,
+        runtime="test",
+        credit=8,  # more than the real worker's, so that frames come here first
+    )
 
 
 @pytest.fixture
@@ -154,17 +170,19 @@ def test_a_flood_is_skipped_not_queued(branch: Callable[..., Branch]) -> None:
 def test_what_the_generator_must_not_touch_is_rejected(branch: Callable[..., Branch]) -> None:
     b = branch()
     b.ready()
-    rejected = {
-        "float32": b.send(np.ones(SHAPE, np.float32)),
-        "0.05 to 2": b.send(pixel_um=6.5),
-        "is phase": b.send(channel="trans"),
-        "flat": b.send(np.full(SHAPE, 7, np.uint16), channel="empty"),
+    unfit: dict[str, dict[str, Any]] = {
+        "float32": {"pixels": np.ones(SHAPE, np.float32)},
+        "0.05 to 2": {"pixel_um": 6.5},
+        "is phase": {"channel": "trans"},
+        "flat": {"pixels": np.full(SHAPE, 7, np.uint16), "channel": "empty"},
     }
-    good = b.send()
-    b.drain(b.answered(good, *rejected.values()))
-    for words, seq in rejected.items():
+    for words, frame in unfit.items():
+        seq = b.send(**frame)
+        b.drain(b.answered(seq))
         assert b.answers[seq][0].outcome is RefocusOutcome.REJECTED
         assert words in b.answers[seq][0].reason
+    good = b.send()
+    b.drain(b.answered(good))
     assert b.answers[good][0].outcome is RefocusOutcome.REFOCUSED
 
 
@@ -225,9 +243,7 @@ def test_a_worker_is_killed_again_and_again(branch: Callable[..., Branch]) -> No
 
 
 def test_a_hung_worker_is_noticed_and_killed(branch: Callable[..., Branch], tmp_path: Path) -> None:
-    b = branch(
-        hanging_package.make(tmp_path / "hanging"), frame_timeout_ms=500, warmup_timeout_ms=1500
-    )
+    b = branch(hanging_package.make(tmp_path / "hanging"), frame_timeout_ms=500)
     pid = b.ready()
     seq = b.send()
     b.drain(b.answered(seq))
@@ -242,14 +258,7 @@ def test_a_thawed_worker_s_answer_is_late_and_it_introduces_itself_again(
     """A frozen worker on another host cannot be killed from here: it thaws and answers."""
     b = branch()
     b.ready()
-    hello = wire.Hello(
-        epoch="guest",
-        secret=b.engine.link._secret,
-        pid=2**22 + 1,  # no process of ours: the supervisor leaves it alone
-        model=b.engine.package.hash,
-        runtime="test",
-        credit=8,  # more than the real worker's, so that frames come here first
-    )
+    hello = hello_of(b, "guest")
     context = zmq.Context()
     try:
         with context.socket(zmq.DEALER) as guest:
@@ -295,14 +304,7 @@ def test_a_stranger_gets_no_frame(
     words: str,
 ) -> None:
     b = branch()
-    good = wire.Hello(
-        epoch="stranger",
-        secret=b.engine.link._secret,
-        pid=1,
-        model=b.engine.package.hash,
-        runtime="test",
-        credit=8,
-    )
+    good = hello_of(b, "stranger")
     context = zmq.Context()
     try:
         with context.socket(zmq.DEALER) as stranger:
@@ -311,7 +313,9 @@ def test_a_stranger_gets_no_frame(
             stranger.send_multipart([b"FRAME", b"rubbish"])
             stranger.send_multipart(wire.encode(msgspec.structs.replace(good, **change)))
             assert stranger.poll(5000)
-            assert wire.decode(stranger.recv_multipart())[0] == wire.Bye(epoch="stranger")
+            answer, _ = wire.decode(stranger.recv_multipart())
+            assert isinstance(answer, wire.Bye)
+            assert words in answer.refused
             b.ready()
             seq = b.send()
             b.drain(b.answered(seq))
@@ -336,3 +340,80 @@ def test_a_worker_that_cannot_start_is_not_tried_for_ever(
     seq = b.send()  # nobody is left to take it
     b.close()
     assert b.answers[seq][-1].outcome is RefocusOutcome.SKIPPED
+
+
+def test_a_worker_frozen_before_its_first_word_is_replaced(branch: Callable[..., Branch]) -> None:
+    b = branch(warmup_timeout_ms=1500)
+    b.drain(lambda: b.engine.supervisor.pid is not None)
+    pid = b.engine.supervisor.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    assert not b.engine.link.wait_ready(0)
+    lives_on(b, pid)
+
+
+def test_a_worker_that_sends_rubbish_is_given_up(branch: Callable[..., Branch]) -> None:
+    b = branch()
+    b.ready()
+    context = zmq.Context()
+    try:
+        with context.socket(zmq.DEALER) as guest:
+            guest.linger = 0
+            guest.connect(b.engine.link.address)
+            guest.send_multipart(wire.encode(hello_of(b, "guest")))
+            b.drain(lambda: b.engine.link.workers == 2)
+            seq = b.send()
+            assert guest.poll(5000)
+            guest.send_multipart([b"RESULT", b"{}", b"rubbish"])
+            b.drain(b.answered(seq))
+            assert b.engine.link.workers == 1
+            assert b.answers[seq][-1].outcome is RefocusOutcome.LOST
+            after = b.send()
+            b.drain(b.answered(after))
+            assert b.answers[after][-1].outcome is RefocusOutcome.REFOCUSED
+    finally:
+        context.term()
+
+
+def test_a_header_too_long_for_the_wire_costs_its_own_frame_alone(
+    branch: Callable[..., Branch],
+) -> None:
+    b = branch()
+    pid = b.ready()
+    long, short = b.send(channel="x" * wire.MAX_HEADER_BYTES), b.send()
+    b.drain(b.answered(long, short))
+    assert b.answers[long][0].outcome is RefocusOutcome.REJECTED
+    assert b.answers[short][0].outcome is RefocusOutcome.REFOCUSED
+    assert b.engine.supervisor.pid == pid
+
+
+def test_a_link_that_fails_still_answers_for_every_frame(
+    branch: Callable[..., Branch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = branch()
+    b.ready()
+
+    def fail() -> None:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(b.engine.link, "_dispatch", fail)
+    sent = [b.send()]
+    b.drain(b.answered(*sent))
+    sent.append(b.send())
+    b.drain(b.answered(*sent))
+    assert b.outcomes() == {"SKIPPED": 2}
+    assert any("no more" in line for line in b.trouble)
+    assert "no more" in b.answers[sent[-1]][0].reason
+
+
+def test_a_worker_that_cannot_even_be_started_is_said(
+    branch: Callable[..., Branch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.executable", "/no/such/python")
+    b = branch()
+    b.drain(b.engine.supervisor.gave_up.is_set)
+    b.drain(lambda: bool(b.trouble))
+    assert "cannot be started" in b.trouble[0]
+    seq = b.send()
+    b.drain(b.answered(seq))
+    assert "cannot be started" in b.answers[seq][0].reason

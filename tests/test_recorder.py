@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+import zmq
 
 from acquire.header import UNKNOWN
 from acquire.recorder import Recorder
@@ -20,7 +21,7 @@ from refocus.frame import RefocusOutcome
 from refocus.settings import AcquireSettings, EngineSettings, LinkSettings, Settings
 from store.reader import Run, State, open_run
 from store.records import Kind
-from tests import identity_package
+from tests import hanging_package, identity_package
 
 RNG = np.random.default_rng(3)
 
@@ -29,8 +30,8 @@ def settings(generator: Path | str, runtime: Any = "openvino") -> Settings:
     return Settings(engine=EngineSettings(runtime=runtime, generator=str(generator)))
 
 
-def recorder(out: Path, chosen: Settings, **options: Any) -> Recorder:
-    return Recorder(chosen, out=out, read_hardware=lambda: UNKNOWN, **options)
+def recorder(out: Path | str, chosen: Settings, **options: Any) -> Recorder:
+    return Recorder(chosen, out=out, read_hardware=lambda event: UNKNOWN, **options)
 
 
 def plane(shape: tuple[int, int] = (32, 48), dtype: str = "uint16") -> np.ndarray:
@@ -181,6 +182,61 @@ def test_the_hook_alone_works_and_cannot_count(tmp_path: Path) -> None:
     assert open_run(tmp_path / "run").state is State.COMPLETE
 
 
+def test_an_interrupted_run_that_nobody_counted_is_not_called_complete(tmp_path: Path) -> None:
+    with recorder(tmp_path / "run", settings("identity", "none")) as r:
+        r.hook(plane(), {"Axes": {"time": 0}})
+        r.stopping.set()
+    assert open_run(tmp_path / "run").state is State.INCOMPLETE
+
+
+def test_an_address_in_use_costs_the_refocusing_not_the_run(tmp_path: Path) -> None:
+    package = identity_package.make(tmp_path / "identity")
+    context = zmq.Context()
+    try:
+        with context.socket(zmq.ROUTER) as other:
+            port = other.bind_to_random_port("tcp://127.0.0.1")
+            chosen = Settings(
+                engine=EngineSettings(runtime="openvino", generator=str(package.folder)),
+                link=LinkSettings(address=f"tcp://127.0.0.1:{port}"),
+            )
+            with recorder(tmp_path / "run", chosen) as r:
+                shoot(r, plane())
+    finally:
+        context.term()
+    assert r.status().state == "complete"
+    assert r.status().counts.skipped == 1
+    assert str(port) in r.trouble[0]
+
+
+@pytest.mark.parametrize("micromanager_saves", [False, True])
+def test_the_same_trouble_is_told_once(tmp_path: Path, micromanager_saves: bool) -> None:
+    out = tmp_path / "run"
+    with (
+        pytest.raises(RunError, match="3 of 3 frames could not be saved"),
+        recorder(out, settings("x", "none"), micromanager_saves=micromanager_saves) as r,
+    ):
+        (out / "0").write_text("a file where a folder must be")
+        for index in range(3):
+            r.hook(plane(), {"Axes": {"time": index}})
+        deadline = time.monotonic() + 10
+        while r.status().counts.failed < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        assert r.stopping.is_set() is not micromanager_saves
+    (line,) = (line for line in r.trouble if "could not be saved" in line)
+    assert line.endswith("(3 times)")
+
+
+def test_a_recorder_records_one_run(tmp_path: Path) -> None:
+    r = recorder(str(tmp_path / "run"), settings("x", "none"))
+    with pytest.raises(RunError, match="not started"):
+        r.status()
+    with r:
+        r.hook(plane(), {"Axes": {"time": 0}})
+    with pytest.raises(RunError, match="one run"):
+        r.__enter__()
+
+
 def test_only_loopback_is_opened_without_keys(tmp_path: Path) -> None:
     package = identity_package.make(tmp_path / "identity")
     chosen = Settings(
@@ -189,6 +245,7 @@ def test_only_loopback_is_opened_without_keys(tmp_path: Path) -> None:
     )
     with pytest.raises(SettingsError, match=r"0\.0\.0\.0"), recorder(tmp_path / "run", chosen):
         pass
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_wire_works_over_tcp_too(tmp_path: Path) -> None:
@@ -219,7 +276,7 @@ def test_a_disk_that_takes_no_more_costs_no_acknowledged_frame(tmp_path: Path) -
         out = Path(sys.argv[1])
         chosen = Settings(engine=EngineSettings(runtime="none"))
         try:
-            with Recorder(chosen, out=out, read_hardware=lambda: UNKNOWN) as r:
+            with Recorder(chosen, out=out, read_hardware=lambda event: UNKNOWN) as r:
                 for index in range(6):
                     side = 64 if index < 3 else 512  # from the fourth on, larger than the limit
                     if index == 3:
@@ -261,7 +318,7 @@ def test_kill_9_of_the_recorder_leaves_no_worker_and_every_acknowledged_frame(
         from acquire.recorder import Recorder
         from refocus.settings import EngineSettings, Settings
         chosen = Settings(engine=EngineSettings(runtime="openvino", generator=sys.argv[2]))
-        with Recorder(chosen, out=Path(sys.argv[1]), read_hardware=lambda: UNKNOWN) as r:
+        with Recorder(chosen, out=Path(sys.argv[1]), read_hardware=lambda event: UNKNOWN) as r:
             assert r.wait_for_engine(30)
             for index in range(100_000):
                 r.hook(np.full((64, 64), index % 60_000, np.uint16), {"Axes": {"time": index}})
@@ -310,3 +367,42 @@ def test_a_stall_of_the_disk_waits_then_stops(tmp_path: Path) -> None:
     assert counts.saved + counts.failed == r.status().received == 8
     assert counts.failed > 0
     assert any("does not keep up" in line for line in r.trouble)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_while_a_run_is_closed_closes_it(tmp_path: Path, presses: int) -> None:
+    """In a user's own script nobody else handles Ctrl-C; a frame that hangs keeps the run open."""
+    package = hanging_package.make(tmp_path / "hanging")
+    script = textwrap.dedent(
+        """
+        import sys
+        from pathlib import Path
+        import numpy as np
+        from acquire.header import UNKNOWN
+        from acquire.recorder import Recorder
+        from refocus.settings import EngineSettings, Settings
+        chosen = Settings(engine=EngineSettings(runtime="openvino", generator=sys.argv[2]))
+        with Recorder(chosen, out=Path(sys.argv[1]), read_hardware=lambda event: UNKNOWN) as r:
+            assert r.wait_for_engine(30)
+            r.hook(np.eye(64, dtype=np.uint16), {"Axes": {"time": 0}})
+            print("leaving", flush=True)
+        """
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "run"), str(package.folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "leaving\n"
+    for _ in range(presses):
+        time.sleep(0.3)
+        child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=30)
+    assert "KeyboardInterrupt" in errors
+    run = open_run(tmp_path / "run")
+    assert run.counts.saved == 1
+    assert run.counts.unanswered == 0
+    assert run.notes.seal is not None

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import sys
 import threading
 import time
 from collections import Counter
@@ -63,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings = options.settings(arguments)
     out = arguments.out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     side = arguments.size
-    finding = ""
+    failure: RunError | None = None
     if out.exists():  # said before the specimen is simulated, which takes seconds
         raise RunError(f"{out}: exists already; give a folder that does not")
     with _progress(arguments.json) as progress:
@@ -74,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         except RunError as error:
             if not recorder.started:
                 raise
-            finding = str(error)
+            failure = error  # the summary first; main tells it
     status = recorder.status()
     finished = open_run(out)
     summary = demo_report.summarise(status, finished, microscope, list(CHANNELS))
@@ -84,13 +83,11 @@ def run(arguments: argparse.Namespace) -> int:
         print(demo_report.to_json(summary))
     else:
         _print(summary, demo_report.why_not(finished), picture if shown else None)
-    stopped = recorder.stopping.is_set() and not finding
-    if stopped:
-        finding = "stopped before its end; every frame that came until then is saved"
-    for line in (*status.trouble, finding):
-        if line:
-            print(f"refocus: {line}", file=sys.stderr)
-    return 1 if finding else 0
+    if failure is not None:  # other trouble was told when it came
+        raise failure
+    if recorder.stopping.is_set():
+        raise RunError("stopped before its end; every frame that came until then is saved")
+    return 0
 
 
 def _simulate(arguments: argparse.Namespace, progress: "Progress") -> "DemoMicroscope":
