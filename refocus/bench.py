@@ -25,8 +25,9 @@ from acquire.header import UNKNOWN
 from acquire.recorder import Recorder
 from engine import package
 from engine.runtimes import open_runtime
+from refocus.errors import EngineError, RunError
 from refocus.frame import Frame, FrameHeader, Pixels
-from refocus.settings import AcquireSettings, EngineSettings, Settings
+from refocus.settings import AcquireSettings, EngineSettings, RuntimeChoice, Settings
 from store.check import check
 from store.layout import RunInfo
 from store.writer import RunWriter
@@ -100,7 +101,7 @@ def recording(folder: Path, settings: Settings) -> Iterator[Recorder]:
             yield recorder
         report = check(run)
         if report.raw.damaged or report.raw.readable != recorder.status().received:
-            raise AssertionError(f"{run}: {report.raw} of {recorder.status().received} frames")
+            raise RunError(f"{report.raw} of {recorder.status().received} frames: this disk lies")
 
 
 def raw_only() -> Settings:
@@ -184,22 +185,31 @@ def _through_the_wire(folder: Path, settings: Settings) -> float:
 
 
 def _bare_in_a_process(settings: Settings) -> float:
-    command = [sys.executable, "-P", "-m", "refocus.bench", settings.engine.generator]
-    command.append(str(settings.engine.threads))
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    engine, shape = settings.engine, map(str, WORKER_SHAPE)
+    command = [sys.executable, "-P", "-m", "refocus.bench", engine.generator, engine.runtime]
+    command += [str(engine.threads), *shape, str(WORKER_S)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise EngineError(f"the bare network does not run: {done.stderr.strip()[-300:]}")
+    return float(done.stdout)
 
 
-def bare_rate(generator: str, threads: int, *, lower_priority: bool) -> float:
+def bare_rate(
+    generator: str,
+    runtime_name: RuntimeChoice,
+    threads: int,
+    shape: tuple[int, int],
+    seconds: float,
+) -> float:
     """Frames/s of the network alone: no scaling, no checks, no wire."""
-    if lower_priority and hasattr(os, "nice"):
+    if hasattr(os, "nice"):
         os.nice(10)  # as the worker
-    runtime = open_runtime("auto", threads or None)
-    loaded = package.load(package.find(generator))
-    infer = runtime.bare(loaded, WORKER_SHAPE)
+    runtime = open_runtime(runtime_name, threads or None)
+    infer = runtime.bare(package.load(package.find(generator)), shape)
     infer()
     began = time.perf_counter()
     count = 0
-    while time.perf_counter() - began < WORKER_S:
+    while time.perf_counter() - began < seconds:
         infer()
         count += 1
     rate = count / (time.perf_counter() - began)
@@ -219,7 +229,7 @@ def latency(folder: Path, settings: Settings, worker_fps: float) -> list[Figure]
     measured = recorder.status().latency_ms
     refocused = recorder.status().counts.refocused
     if measured is None:
-        raise AssertionError("no plane was refocused; see the messages above")
+        raise EngineError("no plane was refocused; see the messages above")
     return [
         Figure(f"latency {name}, 1024² at {rate:.1f} frames/s", value, "ms")
         for name, value in (("p50", measured.p50), ("p95", measured.p95), ("p99", measured.p99))
@@ -228,14 +238,14 @@ def latency(folder: Path, settings: Settings, worker_fps: float) -> list[Figure]
 
 def _wait(recorder: Recorder) -> None:
     if not recorder.wait_for_engine(ENGINE_READY_S):
-        raise AssertionError(f"no engine: {'; '.join(recorder.trouble) or 'it did not start'}")
+        raise EngineError(f"no engine: {'; '.join(recorder.trouble) or 'none is wanted'}")
 
 
 def _until(done: Callable[[], bool]) -> None:
     deadline = time.monotonic() + ENGINE_READY_S
     while not done():
         if time.monotonic() > deadline:
-            raise AssertionError("the engine refocused nothing")
+            raise EngineError("the engine refocused nothing")
         time.sleep(0.01)
 
 
@@ -250,4 +260,6 @@ def _ratio(name: str, unit: str, pairs: list[tuple[float, float]]) -> Figure:
 
 
 if __name__ == "__main__":
-    print(bare_rate(sys.argv[1], int(sys.argv[2]), lower_priority=True))
+    name, engine, threads, y, x, seconds = sys.argv[1:]
+    chosen = msgspec.convert(engine, RuntimeChoice)
+    print(bare_rate(name, chosen, int(threads), (int(y), int(x)), float(seconds)))

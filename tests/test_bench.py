@@ -23,14 +23,6 @@ def test_every_part_prints_its_figures(
         "LATENCY_FRAMES": 5,
     }.items():
         monkeypatch.setattr(bench, name, small)
-    # The bare network runs in a process of its own, with the real sizes: stand in for its shape.
-    monkeypatch.setattr(
-        bench,
-        "_bare_in_a_process",
-        lambda settings: bench.bare_rate(
-            settings.engine.generator, settings.engine.threads, lower_priority=False
-        ),
-    )
     arguments = ["--rounds", "2", "--folder", str(tmp_path), "--generator", str(package.folder)]
     assert main(["bench", "--json", *arguments]) == 0
     figures = json.loads(capsys.readouterr().out)
@@ -43,3 +35,19 @@ def test_every_part_prints_its_figures(
     assert [path.name for path in tmp_path.iterdir()] == ["identity"], "nothing is left behind"
     assert main(["bench", "--only", "raw", *arguments]) == 0
     assert "raw written" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--folder", "nowhere"], "nowhere"),
+        (["--rounds", "0"], "--rounds"),
+        (["--only", "worker", "--engine", "none"], "no engine"),
+        (["--only", "worker", "--generator", "nonsense"], "nonsense"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert main(["bench", *arguments]) in (1, 2)
+    assert words in capsys.readouterr().err

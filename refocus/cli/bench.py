@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from refocus.cli import options
+from refocus.errors import SettingsError
 
 PARTS = ("hook", "raw", "worker", "latency")
 
@@ -42,6 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
     from refocus import bench
 
     settings = options.settings(arguments)
+    if not arguments.folder.is_dir():
+        raise SettingsError(f"--folder: no folder {arguments.folder}")
+    if arguments.rounds < 1:
+        raise SettingsError(f"--rounds must be at least 1, got {arguments.rounds}")
     parts = arguments.only or PARTS
     figures: list[bench.Figure] = []
     worker_fps = 0.0
