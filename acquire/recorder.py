@@ -92,7 +92,8 @@ class Recorder:
         self.started = False
         """The run exists on disk: from here on there is a status, whatever happens."""
         self._engine: EngineSide | None = None
-        self._interrupted = False
+        self.interrupted = False
+        """The run was left by an exception, or told to stop, before its acquisition was over."""
         self._state = "live"
 
     def hooks(self) -> dict[str, Callable[..., Any]]:
@@ -200,7 +201,7 @@ class Recorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._interrupted = kind is not None or self.stopping.is_set()
+        self.interrupted = kind is not None or self.stopping.is_set()
         self.stopping.set()  # an acquisition that still runs has nobody to record it any more
         with interrupts_deferred() as hurry:
             self._drain(hurry)
@@ -210,7 +211,7 @@ class Recorder:
 
     def _drain(self, hurry: threading.Event) -> None:
         """Waits a while for every frame to have its answer, unless there is nobody to give one."""
-        limit_s = INTERRUPTED_DRAIN_S if self._interrupted else self.settings.acquire.drain_s
+        limit_s = INTERRUPTED_DRAIN_S if self.interrupted else self.settings.acquire.drain_s
         deadline = time.monotonic() + limit_s
         while self._engine is not None and time.monotonic() < deadline and not hurry.is_set():
             hopeless = self._engine.supervisor.gave_up.is_set() and not self._engine.link.workers
@@ -220,7 +221,7 @@ class Recorder:
 
     def _seal(self) -> None:
         """Last step, with all threads ended."""
-        certain = self.expected.submitted is not None or not self._interrupted
+        certain = self.expected.submitted is not None or not self.interrupted
         complete = certain and not self._finding() and self.expected.missing == 0
         note = "; ".join(self.trouble)
         self._run.close(complete=complete, expected_frames=self._expected(), note=note)
@@ -235,12 +236,12 @@ class Recorder:
         findings = []
         if failed:
             findings.append(f"{failed} of {received} frames could not be saved")
-        if self.expected.missing and not self._interrupted:
+        if self.expected.missing and not self.interrupted:
             findings.append(
                 f"{submitted} events were submitted to Micro-Manager, {exposures} images came; "
                 "Micro-Manager's own messages name the device or preset at fault"
             )
-        if not received and not findings and not self._interrupted:
+        if not received and not findings and not self.interrupted:
             findings.append("not one frame came through the hook")
         if submitted is None and received:
             log.info("only recorder.hook is in use: nothing counts what was submitted")

@@ -40,7 +40,7 @@ def plane(shape: tuple[int, int] = (32, 48), dtype: str = "uint16") -> np.ndarra
 
 def shoot(r: Recorder, pixels: np.ndarray, **metadata: Any) -> None:
     hooks = r.hooks()
-    event = {"axes": metadata.setdefault("Axes", {"time": r.status().received})}
+    event = {"axes": metadata.setdefault("Axes", {"time": r.expected.submitted or 0})}
     hooks["event_generation_hook_fn"](event)
     hooks["post_hardware_hook_fn"](event)
     hooks["image_process_fn"](pixels.copy(), {"PixelSize_um": 0.325, **metadata})
@@ -62,11 +62,11 @@ def test_raw_and_refocused_twins_land_side_by_side(tmp_path: Path) -> None:
     taken = [plane() for _ in range(6)]
     with recorder(tmp_path / "run", settings(package.folder), expected_shape=(32, 48)) as r:
         assert r.wait_for_engine(30)
-        for pixels in taken:
+        for number, pixels in enumerate(taken, start=1):
             shoot(r, pixels)
             deadline = time.monotonic() + 20
-            while r.status().counts.refocused < r.status().received:
-                assert time.monotonic() < deadline
+            while r.status().counts.refocused < number:
+                assert time.monotonic() < deadline, r.status()
                 time.sleep(0.005)
         assert r.status().state == "live"
     status = r.status()

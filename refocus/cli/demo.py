@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         _print(summary, demo_report.why_not(finished), picture if shown else None)
     if failure is not None:  # other trouble was told when it came
         raise failure
-    if recorder.stopping.is_set():
+    if recorder.interrupted:
         raise RunError("stopped before its end; every frame that came until then is saved")
     return 0
 
