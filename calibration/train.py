@@ -48,8 +48,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     steps: int | None = None
     """One of the two is the length."""
     batch: int = 16
-    muon_rate: float = 0.01
-    adamw_rate: float = 2e-3
+    muon_rate: float = 0.004
+    adamw_rate: float = 1e-3
     clip_norm: float = 1.0
     average_decay: float = 0.999
     objectives: int = 1000

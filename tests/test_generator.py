@@ -50,7 +50,7 @@ def test_it_is_light() -> None:
 def test_the_answer_scales_with_the_input(network: Light) -> None:
     planes = torch.randn(1, 1, 64, 64)
     with torch.inference_mode():
-        torch.testing.assert_close(network(4 * planes), 4 * network(planes))
+        torch.testing.assert_close(network(4 * planes), 4 * network(planes), atol=1e-3, rtol=0)
 
 
 def test_no_pixel_beyond_the_reach_is_seen() -> None:

