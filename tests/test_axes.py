@@ -8,6 +8,7 @@ header has to say the same, whether it was snapped or came out of a hardware seq
 import functools
 import itertools
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import msgpack
@@ -16,8 +17,10 @@ import numpy.typing as npt
 import pytest
 from microscope import run_in_core, sequence_tester
 
+from acquire.header import Hardware
 from acquire.hook import Hook
-from acquire.intake import Arrival, Intake
+from acquire.intake import Intake
+from acquire.items import Arrival
 from acquire.sources.acquisition import run
 from acquire.sources.hardware import hardware_reader
 
@@ -91,7 +94,7 @@ def acquire(path: str) -> list[dict[str, Any]]:
         if path == "autofocus":
             hooks |= _autofocus(hook, core)
         run(_events(path, core), hooks, stop=threading.Event())
-        events = hook.events
+        events = hook.expected.submitted
         intake.end()
     intake.close()
     assert trouble == []
@@ -219,3 +222,72 @@ def test_every_path_yields_a_complete_header(path: str) -> None:
         assert (header["image_number"] is None) == (path == "snap")
         assert header["wall_time_ns"] > 0
         assert header["hook_time_ns"] > 0
+
+
+CAMERA_CALLS = ["get_image_bit_depth", "get_number_of_components"]
+XY_CALLS = ["get_xy_stage_device", "get_xy_position"]
+FOCUS_CALLS = ["get_focus_device", "get_position"]
+READINGS: list[tuple[dict[str, Any], list[str]]] = [
+    ({"x": 1.0, "y": 2.0, "z": 3.0}, CAMERA_CALLS),
+    ({"z": 3.0}, XY_CALLS + CAMERA_CALLS),
+    ({"x": 1.0, "y": 2.0}, FOCUS_CALLS + CAMERA_CALLS),
+    ({"x": 1.0, "y": 2.0, "stage_positions": [["Z", 3.0]]}, FOCUS_CALLS[:1] + CAMERA_CALLS),
+    ({"x": 1.0, "y": 2.0, "stage_positions": [["Switcher", 3.0]]}, FOCUS_CALLS + CAMERA_CALLS),
+    ({"x": 1.0}, XY_CALLS + FOCUS_CALLS + CAMERA_CALLS),
+    ({}, XY_CALLS + FOCUS_CALLS + CAMERA_CALLS),
+]
+"""An event, and what the core is asked before its exposure."""
+
+
+class CountingCore:
+    """A core that notes the calls which go through it."""
+
+    def __init__(self, core: Any) -> None:
+        self._core = core
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._core, name)
+        return lambda *arguments: (self.calls.append(name), function(*arguments))[1]
+
+
+def readings() -> list[Any]:
+    """For each of READINGS: the calls, and the position; the stage stands at 0, 0, STAGE_Z_UM."""
+    import mmpycorex
+
+    found = []
+    with sequence_tester() as core:
+        core.set_xy_position(0.0, 0.0)
+        core.set_position(STAGE_Z_UM)
+        counting = CountingCore(core)
+        mmpycorex.Core = lambda: counting
+        read = hardware_reader()
+        for event, _ in READINGS:
+            counting.calls.clear()
+            hardware = read(event)
+            position = [str(um) for um in (hardware.x_um, hardware.y_um, hardware.z_um)]
+            found.append([counting.calls.copy(), position, hardware.bit_depth, hardware.components])
+    return found
+
+
+def test_a_stage_is_asked_only_for_what_the_event_does_not_say() -> None:
+    """On a serial line every question delays the exposure by tens of milliseconds."""
+    for (event, wanted), found in zip(READINGS, run_in_core(readings), strict=True):
+        calls, position, bit_depth, components = found
+        assert calls == wanted, event
+        xy = "0.0" if "get_xy_position" in wanted else "None"  # "-0.0" is what the core says
+        z = str(STAGE_Z_UM) if "get_position" in wanted else "None"
+        assert position == [xy, xy, z]
+        assert (bit_depth, components) == (8, 1)
+
+
+def test_the_java_core_is_asked_by_its_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its getXYPosition fills two arrays of Java's; getXYStagePosition returns a point."""
+    java = SimpleNamespace(
+        get_xy_stage_device=lambda: "XY",
+        get_xy_stage_position=lambda: SimpleNamespace(x=-0.0, y=2.5),
+        get_image_bit_depth=lambda: 12,
+        get_number_of_components=lambda: 1,
+    )
+    monkeypatch.setattr("mmpycorex.Core", lambda: java)
+    assert hardware_reader()({"z": 1.0}) == Hardware(x_um=0.0, y_um=2.5, bit_depth=12, components=1)
