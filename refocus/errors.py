@@ -3,6 +3,7 @@
 RefocusError
 ├── SettingsError      a setting or argument is wrong               (exit 2)
 ├── RunError           a run on disk cannot be made, opened or read (exit 1)
+│   └── StuckError     a thread of Micro-Manager's never ends: leave by os._exit
 ├── PackageError       a model package is missing, altered or unfit (exit 2)
 ├── WireError          a message between link and worker is malformed
 ├── RejectedError      this plane is not ours to refocus: the reason is its text
@@ -27,6 +28,10 @@ class SettingsError(RefocusError):
 
 class RunError(RefocusError):
     """A run on disk cannot be made, opened or read."""
+
+
+class StuckError(RunError):
+    """A thread of Micro-Manager's hangs. Python waits for it for ever: leave with os._exit."""
 
 
 class PackageError(RefocusError):

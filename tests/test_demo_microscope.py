@@ -1,11 +1,14 @@
 """The demo microscope: a real core, a specimen that defocuses, and an acquisition without traps."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +19,11 @@ from acquire.sources import acquisition, demo
 from acquire.sources.acquisition import run
 from acquire.sources.demo import CHANNELS, Z_UM, DemoMicroscope
 from acquire.sources.specimen import PIXEL_UM
-from refocus.errors import RefocusError, SettingsError
+from refocus.cli import runs
+from refocus.cli.main import main
+from refocus.errors import RefocusError, SettingsError, StuckError
 from refocus.frame import FrameHeader
+from store.reader import open_run
 
 SIZE_PX = 128
 
@@ -140,7 +146,7 @@ def outcome(case: str) -> dict[str, Any]:
 
     frames: list[int] = []
     hooks: dict[str, Any] = {"image_process_fn": lambda image, metadata: frames.append(1)}
-    stop, stuck = threading.Event(), threading.Event()
+    stop = threading.Event()
     minutes_apart = [{"axes": {"time": i}, "min_start_time": 60.0 * i} for i in range(3)]
     with DemoMicroscope(32, specimen=False) as microscope:
         events = microscope.events(20, 100)
@@ -172,43 +178,122 @@ def outcome(case: str) -> dict[str, Any]:
                     frames.append(1),
                     os.kill(os.getpid(), signal.SIGINT),
                 )
-            case "hang":
-                acquisition.ABORT_GRACE_S = 0.5
-                hooks["image_process_fn"] = lambda image, metadata: (stuck.wait(), None)[1]
         try:
-            run(events, hooks, stop=stop, stall_s=0.5 if case == "hang" else 20.0)
+            run(events, hooks, stop=stop, stall_s=20.0)
             said = ""
         except RefocusError as error:
             said = f"{type(error).__name__}: {error}"
-        stuck.set()
         _wait_for_threads(before=("Acquisition Engine", "Acq Eng"))
     return {"said": said, "frames": len(frames), "stopped": stop.is_set()}
 
 
-def stuck_engine() -> dict[str, Any]:
-    """Micro-Manager's own engine thread hangs, as on a device that never answers."""
+def stuck_thread(where: str) -> str:
+    """A thread of Micro-Manager's hangs until we have given up; what is said of it."""
+    from pycromanager import Core
+    from pycromanager.acquisition.acq_eng_py.internal.engine import Engine
+
     acquisition.ABORT_GRACE_S = demo.STOP_S = 0.5
-    stuck, said = threading.Event(), ""
-    hooks = {
-        "image_process_fn": lambda image, metadata: None,
-        "post_hardware_hook_fn": lambda event: (stuck.wait(), event)[1],
-    }
+    stuck, stop, said = threading.Event(), threading.Event(), "not a word"
+    hooks: dict[str, Any] = {"image_process_fn": lambda image, metadata: None}
     try:
         with DemoMicroscope(32, specimen=False) as microscope:
-            run(microscope.events(4, 100), hooks, stop=threading.Event(), stall_s=0.5)
-    except RefocusError as error:
+            match where:
+                case "device":
+                    Core().snap_image = stuck.wait
+                case "hook":
+                    hooks["post_hardware_hook_fn"] = lambda _: (stop.set(), stuck.wait())
+            run(microscope.events(4, 100), hooks, stop=stop, stall_s=0.5)
+            Engine.get_instance().acq_executor.submit(stuck.wait)
+    except StuckError as error:
         said = str(error)
-    still_stuck = not stuck.is_set()
+    assert not stuck.is_set(), "both run and the microscope gave up while it still hung"
     stuck.set()
     _wait_for_threads(before=())
-    return {"said": said, "still_stuck": still_stuck}
+    return said
 
 
-def test_a_device_that_never_answers_does_not_hold_us() -> None:
-    found = run_in_core(stuck_engine, timeout_s=30)
-    assert "the acquisition hangs" in found["said"]
-    assert "threads are stuck" in found["said"]
-    assert found["still_stuck"], "both run and the microscope gave up while it still hung"
+@pytest.mark.parametrize(
+    ("where", "says"),
+    [
+        ("device", ["the acquisition hangs", "Micro-Manager's threads are stuck"]),
+        ("hook", ["the acquisition was stopped", "post_hardware_hook_fn did not return"]),
+        ("end", ["Micro-Manager's core did not stop"]),
+    ],
+)
+def test_a_thread_that_never_ends_does_not_hold_us(where: str, says: list[str]) -> None:
+    said = run_in_core(stuck_thread, where, timeout_s=30)
+    assert [part for part in says if part not in said] == []
+
+
+STUCK_DEMO = """
+import sys, threading
+from acquire.sources import acquisition, demo
+from refocus.cli.main import main
+
+acquisition.ABORT_GRACE_S = demo.STOP_S = 0.5
+acquisition.run.__kwdefaults__["stall_s"] = 0.5
+start_core = demo.start_core
+
+def start_stuck_core(*arguments):
+    core = start_core(*arguments)
+    core.snap_image = threading.Event().wait
+    return core
+
+demo.start_core = start_stuck_core
+command = "demo --frames 4 --size 64 --pixels camera --engine none --json --out"
+sys.exit(main([*command.split(), sys.argv[1]]))
+"""
+
+
+def test_a_command_ends_although_a_thread_of_micro_manager_s_does_not(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STUCK_DEMO, str(tmp_path / "run")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "Micro-Manager's threads are stuck" in done.stderr
+    assert json.loads(done.stdout)["received"] == 0, "the summary comes all the same"
+    assert open_run(tmp_path / "run").notes.seal is not None, "the run was closed first"
+
+
+def test_a_command_whose_stuck_thread_has_ended_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stuck(_: object) -> int:
+        raise StuckError("it was stuck")
+
+    monkeypatch.setattr(runs, "_check", stuck)
+    assert main(["check", "run"]) == 1
+
+
+def quiet_acquisitions() -> list[str]:
+    """What goes wrong in acquisitions that are silent for longer than the 1 s they are given.
+
+    In turn: a first start time that is not 0, a slow hook, a long exposure that the camera had
+    before; the last two with keys that say nothing.
+    """
+    from pycromanager import Core
+
+    failed = []
+    one = {"axes": {"time": 0}, "exposure": None, "z": None}
+    late = [{"axes": {"time": i}, "min_start_time": s} for i, s in enumerate((2.0, 3.5))]
+    hooks: dict[str, Any] = {"image_process_fn": lambda image, metadata: None}
+    slow = {"pre_hardware_hook_fn": lambda event: (time.sleep(1.5), event)[1]}
+    with DemoMicroscope(32, specimen=False):
+        for events, hook, exposure_ms in (late, {}, 1.0), ([one], slow, 1.0), ([one], {}, 1500.0):
+            Core().set_exposure(exposure_ms)
+            try:
+                run(events, hooks | hook, stop=threading.Event(), stall_s=1.0)
+            except RefocusError as error:
+                failed.append(str(error))
+            _wait_for_threads(before=("Acquisition Engine", "Acq Eng"))
+    return failed
+
+
+def test_an_acquisition_that_is_only_slow_is_left_alone() -> None:
+    assert run_in_core(quiet_acquisitions) == []
 
 
 def _wait_for_threads(before: tuple[str, ...]) -> None:
@@ -230,7 +315,6 @@ def _wait_for_threads(before: tuple[str, ...]) -> None:
         ("no axes", "RunError: Micro-Manager does not take these events"),
         ("no events", "SettingsError: acquisition: there are no events"),
         ("rgb", "SettingsError: acquisition: camera 'Camera' delivers 4 bytes per pixel"),
-        ("hang", "RunError: the acquisition hangs"),
     ],
 )
 def test_what_pycromanager_keeps_silent_about_is_said(case: str, says: str) -> None:

@@ -12,14 +12,17 @@ pycromanager 1.0.2 (each was seen, not read):
 - Aborting during a long wait for the next time point keeps one core busy until that time point.
   Here an abort also puts the engine's clock back, so that nothing is left to wait for.
 - `await_completion` joins threads without a limit. Here a watchdog stops an acquisition that has
-  made no progress, and gives up on one that does not react; its threads cannot be ended from
-  Python, so the process should then leave with `os._exit` after it has closed its files.
+  made no progress, and gives up with a `StuckError` on one that does not react: its threads cannot
+  be ended from Python, so the process has to leave with `os._exit` after it has closed its files
+  (`refocus.cli.main` does). The watchdog looks at Micro-Manager alone: while a hook runs, an
+  autofocus or a fluidics step, the acquisition is not silent.
+- A key whose value is None, as `multi_d_acquisition_events` makes them, ends the engine's thread.
+  Here it counts as not given.
 - An `Acquisition` that cannot be constructed leaves a thread that keeps the process alive, so what
   would make it fail is checked before.
 """
 
 import contextlib
-import itertools
 import signal
 import sys
 import threading
@@ -27,7 +30,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from refocus.errors import RunError, SettingsError
+from refocus.errors import RunError, SettingsError, StuckError
 
 Event = dict[str, Any]
 """A Micro-Manager acquisition event, as `pycromanager.multi_d_acquisition_events` makes them."""
@@ -53,16 +56,17 @@ def run(
     because it counts the frames. SIGINT and SIGTERM set *stop* while this runs in the main thread,
     unless the caller handles them already. What Micro-Manager prints goes to stderr. Raises
     `RunError` if a hook raised, the engine failed, frames are missing though nobody stopped, or the
-    acquisition hangs.
+    acquisition hangs; `StuckError` where it did not react to being stopped.
     """
     start = acquisition_class()
+    events = [{key: value for key, value in e.items() if value is not None} for e in events]
     check(events)
-    watch = _Watch(hooks, patience_s=stall_s + longest_pause_s(events))
+    watch = _Watch(hooks, patience_s=stall_s + longest_pause_s(events, _own_exposure_ms()))
     with contextlib.redirect_stdout(sys.stderr), signals_set(stop):
         acquisition = start(**watch.hooks)
         engine = acquisition._acq  # gone once the acquisition has ended
         try:
-            acquisition.acquire(list(events))
+            acquisition.acquire(events)
         except Exception as error:
             _abort(acquisition, engine)  # or its threads stay
             raise RunError(f"Micro-Manager does not take these events: {error}") from error
@@ -93,10 +97,9 @@ def _wait(acquisition: Any, engine: Any, watch: "_Watch", stop: threading.Event)
             aborted_s = time.monotonic()
             _abort(acquisition, engine)
         elif aborted_s is not None and time.monotonic() - aborted_s > ABORT_GRACE_S:
-            raise RunError(
+            raise StuckError(
                 f"{watch.finding() or 'the acquisition was stopped'}, and it did not react to an "
-                f"abort within {ABORT_GRACE_S:.0f} s: Micro-Manager's threads are stuck. "
-                "Restart this process"
+                f"abort within {ABORT_GRACE_S:.0f} s: {watch.whereabouts}. Restart this process"
             )
 
 
@@ -139,12 +142,24 @@ def check(events: Sequence[Event]) -> None:
             )
 
 
-def longest_pause_s(events: Sequence[Event]) -> float:
-    """The longest time for which *events* themselves ask the engine to wait or to expose."""
-    starts = sorted(float(event.get("min_start_time", 0.0)) for event in events)
-    gaps = [later - earlier for earlier, later in itertools.pairwise(starts)]
-    exposures = [float(event.get("exposure", 0.0)) / 1000 for event in events]
-    return max(gaps, default=0.0) + max(exposures)
+def longest_pause_s(events: Sequence[Event], exposure_ms: float) -> float:
+    """The longest time for which *events* themselves ask the engine to wait or to expose.
+
+    *exposure_ms* is the camera's own, for events that bring none. The engine's clock starts at the
+    first image: the first event never waits, and the second waits its whole min_start_time.
+    """
+    longest_s = clock_s = 0.0
+    for event in events[1:]:
+        start_s = float(event.get("min_start_time", 0.0))
+        longest_s = max(longest_s, start_s - clock_s)
+        clock_s = max(clock_s, start_s)
+    return longest_s + max(float(e.get("exposure", exposure_ms)) for e in events) / 1000
+
+
+def _own_exposure_ms() -> float:
+    from mmpycorex import Core
+
+    return float(Core().get_exposure())
 
 
 class _Watch:
@@ -155,7 +170,9 @@ class _Watch:
         self.frames = 0
         self.error: BaseException | None = None
         self._at = ""
+        self._hang: str | None = None  # kept: the abort that follows may bring it back to life
         self._alive_s = time.monotonic()
+        self._inside: list[str] = []  # hooks that run now, each on a thread of Micro-Manager's
         self.hooks: dict[str, Hook] = {
             name: self._guard_image(hook)
             if name == "image_process_fn"
@@ -167,10 +184,18 @@ class _Watch:
         """What is wrong with the acquisition, or None."""
         if self.error is not None:
             return f"{self._at or 'Micro-Manager'} failed: {self.error!r}"
-        silent_s = time.monotonic() - self._alive_s
-        if silent_s > self._patience_s:
-            return f"the acquisition hangs: no frame and no event for {silent_s:.0f} s"
-        return None
+        if self._hang is None and not self._inside:
+            silent_s = time.monotonic() - self._alive_s
+            if silent_s > self._patience_s:
+                self._hang = f"the acquisition hangs: no frame and no event for {silent_s:.0f} s"
+        return self._hang
+
+    @property
+    def whereabouts(self) -> str:
+        """Where an acquisition that does not end is stuck."""
+        if self._inside:
+            return f"{' and '.join(self._inside)} did not return"
+        return "Micro-Manager's threads are stuck"
 
     def await_completion(self, acquisition: Any) -> None:
         try:
@@ -181,10 +206,10 @@ class _Watch:
     def _guard_image(self, hook: Hook) -> Hook:
         # pycromanager counts the parameters of this function: two, or it does not call it.
         def image_process_fn(image: Any, metadata: Metadata) -> Any:
-            self._alive_s = time.monotonic()
             self.frames += 1
             try:
-                return hook(image, metadata)
+                with self._running("image_process_fn"):
+                    return hook(image, metadata)
             except Exception as error:  # noqa: BLE001  raising here would lose the error's type
                 self._keep("image_process_fn", error)
                 return None
@@ -193,14 +218,23 @@ class _Watch:
 
     def _guard_event(self, name: str, hook: Hook) -> Hook:
         def event_hook(event: Any) -> Any:
-            self._alive_s = time.monotonic()
             try:
-                return hook(event)
+                with self._running(name):
+                    return hook(event)
             except Exception as error:  # noqa: BLE001  raising here ends "normally" with 0 frames
                 self._keep(name, error)
                 return event
 
         return event_hook
+
+    @contextlib.contextmanager
+    def _running(self, name: str) -> Iterator[None]:
+        self._inside.append(name)
+        try:
+            yield
+        finally:
+            self._alive_s = time.monotonic()  # before the silence can be looked at
+            self._inside.remove(name)
 
     def _keep(self, name: str, error: Exception) -> None:
         if self.error is None:

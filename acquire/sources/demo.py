@@ -12,7 +12,6 @@ One microscope at a time in a process; it leaves no thread behind, and the next 
 
 import contextlib
 import json
-import logging
 import math
 import threading
 import zlib
@@ -27,7 +26,7 @@ import numpy.typing as npt
 from acquire.sources.acquisition import Event, Hook, Metadata, acquisition_class
 from acquire.sources.specimen import PIXEL_UM, STAINS, Specimen
 from calibration.optics import Image
-from refocus.errors import SettingsError
+from refocus.errors import SettingsError, StuckError
 from refocus.frame import FrameHeader
 
 CONFIG = Path(__file__).with_name("demo.cfg")
@@ -42,14 +41,13 @@ MAX_SIZE_PX = 4096
 BUFFER_MIB = 128
 STOP_S = 5.0
 
-log = logging.getLogger(__name__)
-
 
 class DemoMicroscope:
     """A context manager: inside it, Micro-Manager's core runs in this process.
 
     *size_px* is the side of a frame; *specimen* False keeps the camera's own pixels; *progress* is
-    called with the share of the rendering that is done, 0 to 1.
+    called with the share of the rendering that is done, 0 to 1. Leaving raises `StuckError` where
+    the core does not stop.
     """
 
     def __init__(
@@ -90,7 +88,11 @@ class DemoMicroscope:
         trace: TracebackType | None,
     ) -> None:
         self._core = None
-        stop_core()
+        try:
+            stop_core()
+        except StuckError:
+            if not isinstance(error, StuckError):  # the first one says more
+                raise
 
     def events(self, frames: int, frames_per_s: float = FRAMES_PER_S) -> list[Event]:
         """*frames* events of a time-lapse of z-stacks: time, position, channel, z (the innermost).
@@ -181,14 +183,16 @@ def start_core(config: Path, buffer_mib: int = BUFFER_MIB) -> Any:
 def stop_core() -> None:
     """Unload the devices and end the engine's threads, so that another core can start.
 
-    Gives up after STOP_S where a thread of Micro-Manager's is stuck (`acquisition.run` has said so
-    by then); such a process ends only by `os._exit`.
+    Raises `StuckError` where that takes longer than STOP_S: a thread of Micro-Manager's hangs.
     """
     stopper = threading.Thread(target=_stop_core, name="stop-core", daemon=True)
     stopper.start()
     stopper.join(STOP_S)
     if stopper.is_alive():
-        log.error("Micro-Manager's core does not stop: one of its threads is stuck")
+        raise StuckError(
+            f"Micro-Manager's core did not stop within {STOP_S:.0f} s: one of its threads is "
+            "stuck. Restart this process"
+        )
 
 
 def _stop_core() -> None:

@@ -2,16 +2,21 @@
 
 Exit codes: 0 ok, 1 findings or lost frames, 2 usage or settings, 3 stopped by the disk guard,
 4 locked by another writer, 130 interrupted.
+
+Python waits at its end for every thread. Where Micro-Manager has left one that never ends
+(`StuckError`), the process leaves without waiting; all files are closed by then.
 """
 
 import argparse
 import logging
+import os
 import sys
+import threading
 from collections.abc import Sequence
 from importlib.metadata import version
 
 from refocus.cli import apply, bench, demo, runs, train
-from refocus.errors import RefocusError
+from refocus.errors import RefocusError, StuckError
 from refocus.settings import user_config_path
 
 INTERRUPTED = 130
@@ -34,10 +39,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(arguments.run(arguments))
     except RefocusError as error:
         print(f"refocus: {error}", file=sys.stderr)
+        if isinstance(error, StuckError) and _threads_left():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
         print("refocus: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _threads_left() -> bool:
+    main_thread = threading.main_thread()
+    return any(t is not main_thread and not t.daemon for t in threading.enumerate())
 
 
 if __name__ == "__main__":
