@@ -116,6 +116,8 @@ def _findings(run: Run) -> Iterator[str]:
         yield "the run is incomplete: " + (
             _shortfall(counts, seal) if seal else "its writer ended without closing it"
         )
+    if seal and counts.unanswered > 0:  # a writer that was killed could not book them
+        yield f"{counts.unanswered} frames have no refocus outcome, though the run was closed"
     if counts.failed:
         yield f"{counts.failed} raw frames were not saved: {_reasons(run)}"
     if run.damaged_records:
@@ -139,7 +141,7 @@ def _remarks(run: Run) -> Iterator[str]:
     unacknowledged = sum(frame.raw is None for frame in run.frames())
     if unacknowledged:
         yield f"{unacknowledged} frames came too late to be acknowledged"
-    if run.counts.unanswered > 0:
+    if run.notes.seal is None and run.counts.unanswered > 0:
         yield f"{run.counts.unanswered} frames have no refocus outcome"
 
 

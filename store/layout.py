@@ -30,7 +30,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,23 +67,35 @@ def array_dir(run: Path, image: int) -> Path:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Put *content* at *path* so that a reader, or a kill at any moment, finds the old or the new.
+    """Put *content* at *path*: a reader, or a kill at any moment, finds the old or the new."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
-    Windows refuses to replace a file that another process has open just then: tried for 1 s.
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside *path* to write to; what was written takes the place of *path* at the end.
+
+    Where that fails nothing of it stays. Raises OSError.
     """
     temporary = path.with_name(f".{path.name}.partial")
     try:
-        temporary.write_bytes(content)
-        for _ in range(100 if sys.platform == "win32" else 0):
-            with contextlib.suppress(PermissionError):
-                temporary.replace(path)
-                return
-            time.sleep(0.01)
-        temporary.replace(path)
+        yield temporary
+        _rename_over(temporary, path)
     except OSError:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # on Windows perhaps still open elsewhere
             temporary.unlink()
         raise
+
+
+def _rename_over(temporary: Path, path: Path) -> None:
+    """Rename; Windows refuses while another program (a virus scanner) has either file open: 1 s."""
+    for _ in range(100 if sys.platform == "win32" else 0):
+        with contextlib.suppress(PermissionError):
+            temporary.replace(path)
+            return
+        time.sleep(0.01)
+    temporary.replace(path)
 
 
 class RunInfo(msgspec.Struct, frozen=True, kw_only=True):

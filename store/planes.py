@@ -27,7 +27,7 @@ from zarr.storage import LocalStore
 
 from refocus.errors import RunError
 from refocus.frame import Pixels
-from store.layout import replace_file
+from store.layout import replace_file, replacing
 
 AXES = ("t", "c", "z", "y", "x")
 T_BLOCK = 64
@@ -42,16 +42,9 @@ class _PlaneStore(LocalStore):
     """
 
     def set_sync(self, key: str, value: Buffer) -> None:
-        path = self.root / key
-        temporary = path.with_name(f".{path.name}.partial")
-        try:
-            with temporary.open("wb") as file:
-                _reserve(file.fileno(), len(value))
-                file.write(value.as_buffer_like())
-            temporary.replace(path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        with replacing(self.root / key) as temporary, temporary.open("wb") as file:
+            _reserve(file.fileno(), len(value))
+            file.write(value.as_buffer_like())
 
 
 class PlaneArray:

@@ -49,7 +49,7 @@ class Record(NamedTuple):
     seq: int
     wall_ns: int
     latency_ns: int = 0
-    """From the hook to the refocused plane on disk; 0 for raw."""
+    """From the hook to the answer; 0 for raw."""
     image: int = NO_IMAGE
     t: int = 0
     c: int = 0

@@ -46,7 +46,7 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True):
     generator: int
     """As `RunWriter.note_generator` numbered it; it stands for package hash and runtime."""
     latency_ns: int
-    """From the hook to the answer."""
+    """From the hook to the answer, just before the plane is written."""
     clipped: int = 0
     """Pixels that fell outside the dtype's range."""
 
@@ -92,7 +92,7 @@ class RunWriter:
             self._tell_pair(pair)
             self._journal.acknowledge(_saved(seq, Kind.RAW, RawOutcome.SAVED, place, stored))
         except Exception as error:  # whatever it was, no frame may vanish unbooked
-            self._fail_raw(seq, _describe(error))
+            self._fail_raw(seq, _reason(error))
             raise RunError(f"frame {seq}: not saved: {_describe(error)}") from error
         pair.take(place)
         self._raw[seq] = place
@@ -127,7 +127,7 @@ class RunWriter:
                 )
             )
         except Exception as error:  # whatever it was, it ends in an outcome
-            self.book_refocus(seq, RefocusOutcome.FAILED, _describe(error))
+            self.book_refocus(seq, RefocusOutcome.FAILED, _reason(error))
             raise RunError(f"frame {seq}: refocused plane not saved: {_describe(error)}") from error
         self._set_refocus(seq, RefocusOutcome.REFOCUSED)
 
@@ -309,3 +309,10 @@ def _plain_info(info: RunInfo) -> RunInfo:
 
 def _describe(error: Exception) -> str:
     return str(error) or type(error).__name__
+
+
+def _reason(error: Exception) -> str:
+    """As `_describe`, without the plane's path: a reason is written once for all that share it."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} (errno {error.errno})"
+    return _describe(error)

@@ -11,6 +11,7 @@ from store_runs import frame, pixels, start
 from refocus.cli.main import main
 from refocus.frame import RefocusOutcome
 from store.check import check
+from store.reader import State, open_run
 from store.records import RECORD_BYTES
 from store.writer import Provenance, RunWriter
 
@@ -145,6 +146,19 @@ def test_torn_tails_are_said_and_are_no_loss(run: Path) -> None:
         "the last line of frames.jsonl is torn; what it spoke of was never acknowledged",
         "the last line of run.jsonl is torn; what it spoke of was never acknowledged",
     )
+
+
+def test_a_frame_without_refocus_outcome_is_a_finding_once_the_run_is_closed(
+    tmp_path: Path,
+) -> None:
+    writer = fill(start(tmp_path / "run"))
+    writer.write_raw(frame(FRAMES, {"time": FRAMES}), {})
+    assert not check(tmp_path / "run").findings, "its answer may be on its way"
+    writer.close(complete=True, expected_frames=FRAMES + 1)
+    assert open_run(tmp_path / "run").state == State.COMPLETE, "no raw frame is missing"
+    (finding,) = check(tmp_path / "run").findings
+    assert finding.startswith("1 frames have no refocus outcome")
+    assert main(["check", str(tmp_path / "run")]) == 1
 
 
 def test_an_empty_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

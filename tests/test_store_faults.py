@@ -19,7 +19,9 @@ from store_runs import SHAPE, file_size_limit, frame, pixels, start
 from refocus.errors import RunError
 from refocus.frame import RefocusOutcome
 from store.check import check
+from store.layout import replace_file
 from store.lock import WriterLock, is_held
+from store.planes import PlaneArray
 from store.reader import State, open_run
 from store.records import Kind
 from store.writer import Provenance
@@ -259,6 +261,71 @@ def test_a_refocused_plane_that_fails_leaves_raw_alone(tmp_path: Path) -> None:
     counts = run.close(complete=True, expected_frames=2)
     assert (counts.saved, counts.refocus_failed) == (2, 1)
     assert_run_opens(path, saved=2)
+
+
+def test_a_file_that_another_program_has_open_on_windows_is_replaced_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A virus scanner reads each new file; the rename is refused until it has done."""
+    run = start(tmp_path / "run")
+    run.write_raw(frame(0, {"time": 0}), {})
+    refusals = {"c.1.0.0.0.0": 3, "zarr.json": 2}
+    replace = Path.replace
+
+    def refuse(self: Path, target: Path) -> Path:
+        if refusals.get(target.name):
+            refusals[target.name] -= 1
+            raise PermissionError(errno.EACCES, "another program has it open", str(target))
+        return replace(self, target)
+
+    with monkeypatch.context() as windows:
+        windows.setattr(sys, "platform", "win32")
+        windows.setattr(Path, "replace", refuse)
+        run.write_raw(frame(1, {"time": 1}), {})
+    assert refusals == {"c.1.0.0.0.0": 0, "zarr.json": 0}
+    run.close(complete=True, expected_frames=2)
+    assert_run_opens(tmp_path / "run", saved=2)
+
+
+@pytest.mark.parametrize("writes", ["metadata", "plane"])
+def test_a_file_that_stays_open_elsewhere_on_windows_fails_with_the_first_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: str
+) -> None:
+    tries = []
+
+    def refuse(self: Path, target: Path) -> Path:
+        tries.append(target)
+        raise PermissionError(errno.EACCES, "cannot be renamed")
+
+    def hold(self: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EACCES, "cannot be removed")
+
+    array = PlaneArray.create(tmp_path / "array", SHAPE, "uint16")
+    with monkeypatch.context() as windows:
+        windows.setattr(sys, "platform", "win32")
+        windows.setattr(Path, "replace", refuse)
+        windows.setattr(Path, "unlink", hold)
+        windows.setattr(time, "sleep", lambda _: None)
+        with pytest.raises(PermissionError, match="cannot be renamed"):
+            if writes == "plane":
+                array.write(0, 0, 0, pixels(0))
+            else:
+                replace_file(tmp_path / "zarr.json", b"{}")
+    assert len(tries) > 50
+
+
+def test_planes_that_fail_alike_share_one_reason(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    run = start(path)
+    run.write_raw(frame(0, {"time": 0}), {})
+    for seq in range(1, 4):
+        (path / "0" / "0" / f"c.{seq}.0.0.0.0").mkdir()
+        with pytest.raises(RunError, match=rf"frame {seq}: not saved: .*c\.{seq}\.0"):
+            run.write_raw(frame(seq, {"time": seq}), {})
+    run.close(complete=False, expected_frames=None)
+    assert list(open_run(path).notes.reasons.values()) == [
+        f"{os.strerror(errno.EISDIR)} (errno {errno.EISDIR})"
+    ]
 
 
 def test_one_writer_a_run_and_readers_know_of_it(tmp_path: Path) -> None:
