@@ -63,7 +63,9 @@ class Hook:
         if self._read_hardware is not None:
             try:
                 events = event if isinstance(event, list) else [event]
-                reading = self._read_hardware(events[0])
+                # What only some events of a sequence say must be read for the others.
+                said = events[0].keys() & set.intersection(*(set(one) for one in events))
+                reading = self._read_hardware({name: events[0][name] for name in said})
                 for one in events:
                     self.expected.read(one.get("axes"), reading)
             except Exception as error:  # noqa: BLE001 - whatever the core raises must not pass

@@ -255,6 +255,22 @@ def test_readings_of_frames_that_never_came_do_not_pile_up(
     assert b.items == []
 
 
+def test_the_reader_is_told_what_every_event_of_a_sequence_says() -> None:
+    told: list[object] = []
+
+    def read(event: object) -> Hardware:
+        told.append(event)
+        return STAGE
+
+    b = Bench(read_hardware=read)
+    b.hook.hardware([{"axes": {"time": 0}, "z": 1.0}, {"axes": {"time": 1}}])
+    assert told == [{"axes": {"time": 0}}]
+    b.hook.image(image(), SEQUENCE | {"Axes": {"time": 1}})
+    (arrival,) = b.items
+    assert isinstance(arrival, Arrival)
+    assert arrival.frame.header.z_um == 7.5
+
+
 def test_two_cameras_hide_no_image_that_is_missing() -> None:
     """One event gives an image of each camera, under the same axes."""
     b = Bench(read_hardware=lambda event: STAGE)
