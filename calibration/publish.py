@@ -24,7 +24,7 @@ from calibration.evaluate import FLUORESCENCE, evaluate, read_stacks, summarise
 from calibration.objectives import training_range
 from calibration.optics import Optics, blur, depth_of_field_um, psf
 from calibration.simulate import Camera, beads, expose, mixed, nuclei
-from calibration.train import Settings
+from calibration.train import CHECKPOINT, Progress, Settings, read_settings
 from calibration.weights import load_average
 from engine.generators.light import Light
 from engine.package import (
@@ -44,26 +44,41 @@ from engine.to_onnx import export
 from refocus.errors import PackageError
 
 
-def publish(run: Path, data: Path, out: Path, name: str, version: str) -> Package:
+def publish(
+    run: Path, data: Path, out: Path, name: str, version: str, note: str | None = None
+) -> Package:
     """Write the generator of the training in *run* as a package at *out*, which must not exist.
 
-    *data* holds the training pictures (in-focus/) and the real stacks that it is measured on.
+    *data* holds the training pictures (in-focus/) and the real stacks that it is measured on;
+    *note* is anything about this training that its command does not say.
     Raises PackageError where the training has not reached its end.
     """
-    settings = msgspec.json.decode((run / "settings.json").read_bytes(), type=Settings)
-    weights, state = load_average(run / "checkpoint.safetensors")
+    settings = read_settings(run)
+    weights, state = load_average(run / CHECKPOINT)
+    done = Progress(**state).share(settings)
+    if done < 1:
+        raise PackageError(
+            f"{run}: the training is at {done:.0%} of its schedule; go on with it: "
+            f"refocus train --out {run.name} --resume"
+        )
     network = Light()
     network.load_state_dict(weights)
     network.eval()
-    share = (
-        state["step"] / settings.steps if settings.steps else state["minutes"] / settings.minutes
+    covered = training_range(settings.objectives, settings.seed)
+    manifest = Manifest(
+        name=name,
+        version=version,
+        architecture="light",
+        arguments=network.arguments,
+        stride=network.stride,
+        halo_px=network.reach_px(),
+        modality="fluorescence",
+        pixel_um=covered.pixel_um,
+        defocus_um=covered.defocus_um,
+        defocus_dof=covered.defocus_dof,
+        training=_training(settings, state, data, note),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    if share < 1:
-        raise PackageError(
-            f"{run}: the training is at {share:.0%} of its schedule; go on with it: "
-            f"refocus train --out {run.name} --resume"
-        )
-    manifest = _manifest(network, settings, state, data, name, version)
     files = {
         WEIGHTS: save({key: tensor.contiguous() for key, tensor in weights.items()}),
         ONNX: export(network),
@@ -75,10 +90,7 @@ def publish(run: Path, data: Path, out: Path, name: str, version: str) -> Packag
     return write(out, msgspec.structs.replace(manifest, metrics=metrics), files)
 
 
-def _manifest(
-    network: Light, settings: Settings, state: dict[str, Any], data: Path, name: str, version: str
-) -> Manifest:
-    covered = training_range(settings.objectives, settings.seed)
+def _training(settings: Settings, state: dict[str, Any], data: Path, note: str | None) -> Training:
     defaults = Settings(steps=1)
     options = [
         f"--{key} {getattr(settings, key)}"
@@ -86,30 +98,15 @@ def _manifest(
         if getattr(settings, key) != getattr(defaults, key)
     ]
     command = ["refocus train --data DATA --out OUT", f"--steps {state['step']}", *options]
-    return Manifest(
-        name=name,
-        version=version,
-        architecture="light",
-        arguments=network.arguments,
-        stride=network.stride,
-        halo_px=network.reach_px(),
-        modality="fluorescence",
-        pixel_um=covered.pixel_um,
-        defocus_um=covered.defocus_um,
-        defocus_dof=covered.defocus_dof,
-        training=Training(
-            command=" ".join(command),
-            files=tuple(training_files(data)),
-            notes={
-                "steps": state["step"],
-                "minutes": round(state["minutes"], 1),
-                "threads": settings.threads,
-                "machine": platform.machine(),
-                "torch": str(torch.__version__),
-            },
-        ),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
+    notes = {
+        "steps": state["step"],
+        "minutes": round(state["minutes"], 1),
+        "machine": platform.machine(),
+        "torch": str(torch.__version__),
+    }
+    if note:
+        notes["note"] = note
+    return Training(command=" ".join(command), files=tuple(training_files(data)), notes=notes)
 
 
 def _measure(package: Package, data: Path) -> dict[str, Any]:

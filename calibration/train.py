@@ -92,11 +92,15 @@ def train(data: Path, out: Path, settings: Settings) -> Path:
 
 def resume(data: Path, out: Path) -> Path:
     """Go on with the training in *out*, with the settings and the schedule it began with."""
+    return _train(data, out, read_settings(out))
+
+
+def read_settings(out: Path) -> Settings:
+    """The settings of the training in *out*."""
     try:
-        settings = msgspec.json.decode((out / SETTINGS).read_bytes(), type=Settings)
+        return msgspec.json.decode((out / SETTINGS).read_bytes(), type=Settings)
     except (OSError, msgspec.DecodeError) as error:
-        raise SettingsError(f"train: {out} holds no training to resume: {error}") from error
-    return _train(data, out, settings)
+        raise SettingsError(f"{out} holds no training that can be read: {error}") from error
 
 
 def _train(data: Path, out: Path, settings: Settings) -> Path:

@@ -140,7 +140,7 @@ def test_a_training_is_neither_overwritten_nor_resumed_from_nothing(
     (tmp_path / "checkpoint.safetensors").write_bytes(b"")
     with pytest.raises(SettingsError, match="--resume"):
         train(pictures, tmp_path, TINY)
-    with pytest.raises(SettingsError, match="no training to resume"):
+    with pytest.raises(SettingsError, match="holds no training"):
         resume(pictures, tmp_path / "nothing")
     with pytest.raises(PackageError, match="no checkpoint"):
         load_average(tmp_path / "checkpoint.safetensors")

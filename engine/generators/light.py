@@ -10,7 +10,8 @@ with one residual block a level and side. What it leaves out is on purpose:
 - the network adds to its input, and its last layer starts at zero: untrained, it changes nothing;
 - what it adds is bounded by a permit p that it gives itself, c p / (p + |c|). Where the permit is
   zero a pixel passes as it came, exactly: a sum that must cancel to nothing is never quite nothing,
-  and sharp pictures without noise lost 9 dB to that.
+  and sharp pictures without noise lost 9 dB to that. For the same reason a hundredth of the local
+  brightness is taken off every correction: planes in focus gain 5 dB by that, others lose 0.05.
 
 Planes enter in the network's range (`engine.scaling`), background near 0.
 """
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 
 FOLD = 2
 SLOPE = 0.1
+IGNORED = 0.01
+"""Share of the brightest neighbour by which every correction is shortened."""
 SMALLEST = 1e-4
 """In the network's range: keeps 0 / 0 out, in FP16 too, and lies far below any structure."""
 
@@ -74,7 +77,10 @@ class Light(nn.Module):
             h = decode(skips.pop() + F.pixel_shuffle(up(h), 2))
         wish, permit = self.tail(h), F.relu(self.permit(h.abs()))  # (n, 4, y/2, x/2) each
         correction = wish * (permit / (permit + wish.abs() + SMALLEST))  # ratio first: fits FP16
-        return x + F.pixel_shuffle(correction, FOLD)  # (n, 1, y, x)
+        correction = F.pixel_shuffle(correction, FOLD)  # (n, 1, y, x)
+        ignored = IGNORED * F.max_pool2d(x.abs(), 3, stride=1, padding=1)
+        # Detached: the gradient must see small corrections, or none would ever grow from zero.
+        return x + correction - torch.clamp(correction, -ignored, ignored).detach()
 
     def reach_px(self) -> int:
         """How far a pixel of the answer looks, rounded up to `stride`: the halo of an exact tile.

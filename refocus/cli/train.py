@@ -55,6 +55,7 @@ def register(subparsers: Any) -> None:
     publish.add_argument("--out", required=True, type=Path, metavar="DIR", help="the package")
     publish.add_argument("--name", default="fluorescence", help="default: %(default)s")
     publish.add_argument("--version", required=True, metavar="X", help="of this generator")
+    publish.add_argument("--note", metavar="TEXT", help="what the training command does not say")
     publish.set_defaults(run=run_publish)
 
 
@@ -113,7 +114,12 @@ def run_publish(arguments: argparse.Namespace) -> int:
     from calibration.publish import publish
 
     package = publish(
-        arguments.training, arguments.data, arguments.out, arguments.name, arguments.version
+        arguments.training,
+        arguments.data,
+        arguments.out,
+        arguments.name,
+        arguments.version,
+        arguments.note,
     )
     print(
         f"{package.folder}: {package.manifest.name} {package.manifest.version}, {package.hash[:12]}"
