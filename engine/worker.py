@@ -59,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RefocusError as error:
         print(f"worker: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except zmq.Again:
+        print(f"worker: nobody listens at {arguments.address}", file=sys.stderr, flush=True)
+        return SettingsError.exit_code
     finally:
         runtime.close()
         context.destroy(linger=0)
