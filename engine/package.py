@@ -7,12 +7,14 @@ A package is a folder of four plain files, never an archive, never a pickle:
     generator.onnx       the float32 master that every runtime starts from:
                          one input (N, 1, H, W) in network range, one output of the same shape,
                          H and W multiples of the manifest's stride
-    golden.npz           planes with their float32 answers, to check a runtime against
+    golden.npz           planes with their float32 answers, for tests of runtimes
 
 The manifest holds the sha256 of the other three, so the sha256 of its own bytes names the whole
 package: that is the hash which the provenance of every refocused plane carries. `load` checks all
-of it before any byte is interpreted by anything else. A hash finds damage and mix-ups; it does not
-prove who made the package.
+of it before any byte is interpreted by anything else, and keeps the very bytes of the ONNX file
+that it checked: runtimes compile those, so whatever happens to the file later, what runs is what
+the hash names. An ONNX file whose weights lie in a further file is refused, the hash would not
+cover them. A hash finds damage and mix-ups; it does not prove who made the package.
 
 Packages are read where no network may be loaded (the recorder, the link), so this module needs only
 numpy and msgspec.
@@ -26,7 +28,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -49,6 +51,8 @@ FILES = (WEIGHTS, ONNX, GOLDEN)
 SHIPPED = Path(__file__).parent / "models"
 
 _NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]{0,63}")
+_EXTERNAL = b"\x0a\x08location"
+"""The key, as protobuf encodes it, under which an ONNX tensor names the file that holds its data."""
 
 
 class TrainingFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -106,8 +110,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """sha256 of every other file of the package; `write` fills it in."""
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name):
-            raise ValueError(f"name must match {_NAME.pattern}, got {self.name!r}")
+        for label in ("name", "version"):  # both go into a TIFF tag, which is ASCII
+            if not _NAME.fullmatch(text := getattr(self, label)):
+                raise ValueError(f"{label} must match {_NAME.pattern}, got {text!r}")
         if self.stride < 1:
             raise ValueError(f"stride must be at least 1, got {self.stride}")
         if self.halo_px < 0 or self.halo_px % self.stride:
@@ -128,11 +133,8 @@ class Package:
     manifest: Manifest
     hash: str
     """sha256 of manifest.json."""
-
-    @property
-    def onnx(self) -> Path:
-        """The float32 master."""
-        return self.folder / ONNX
+    generator: bytes = field(repr=False)
+    """The float32 master, an ONNX file, as it was when its hash was checked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +159,11 @@ def load(folder: Path) -> Package:
             f"model package {folder}: {MANIFEST} must hash {', '.join(FILES)}, "
             f"it hashes {', '.join(sorted(manifest.files)) or 'nothing'}; get the package again"
         )
-    for name, wanted in manifest.files.items():
-        _verify(folder / name, wanted)
-    return Package(folder=folder, manifest=manifest, hash=hashlib.sha256(data).hexdigest())
+    generator = _read_verified(folder / ONNX, manifest.files[ONNX])
+    for name in (WEIGHTS, GOLDEN):
+        _read_verified(folder / name, manifest.files[name])
+    _check_whole(generator, folder)
+    return Package(folder, manifest, hashlib.sha256(data).hexdigest(), generator)
 
 
 def write(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Package:
@@ -171,6 +175,7 @@ def write(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Packa
         raise PackageError(f"a model package needs {', '.join(FILES)}, got {', '.join(files)}")
     if folder.exists():
         raise PackageError(f"model package {folder} exists; choose another folder or remove it")
+    _check_whole(files[ONNX], folder)
     hashes = {name: hashlib.sha256(files[name]).hexdigest() for name in FILES}
     manifest = msgspec.structs.replace(manifest, files=hashes)
     text = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
@@ -279,19 +284,28 @@ def _decode(data: bytes, folder: Path) -> Manifest:
     return manifest
 
 
-def _verify(path: Path, wanted: str) -> None:
+def _read_verified(path: Path, wanted: str) -> bytes:
     try:
-        with path.open("rb") as file:
-            got = hashlib.file_digest(file, "sha256").hexdigest()
+        content = path.read_bytes()
     except OSError as error:
         raise PackageError(
             f"model package {path.parent}: {path.name} cannot be read ({error.strerror}); "
             "get the package again"
         ) from error
+    got = hashlib.sha256(content).hexdigest()
     if got != wanted:
         raise PackageError(
             f"model package {path.parent}: {path.name} was altered: its sha256 is {got[:12]}…, "
             f"the manifest says {wanted[:12]}…; get the package again"
+        )
+    return content
+
+
+def _check_whole(generator: bytes, folder: Path) -> None:
+    if _EXTERNAL in generator:
+        raise PackageError(
+            f"model package {folder}: {ONNX} keeps weights in another file, which the package's "
+            "hash does not cover; export it again as one file, without external data"
         )
 
 

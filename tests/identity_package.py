@@ -101,6 +101,19 @@ def to_onnx(weights: npt.NDArray[np.float32], residual: bool) -> bytes:
     return _encode(graph)
 
 
+def with_external_data(generator: bytes, folder: Path) -> bytes:
+    """The ONNX file *generator* with its weights moved to a file of their own in *folder*."""
+    folder.mkdir()
+    onnx.save_model(
+        onnx.load_from_string(generator),
+        str(folder / ONNX),
+        save_as_external_data=True,
+        location="weights.bin",
+        size_threshold=0,
+    )
+    return (folder / ONNX).read_bytes()
+
+
 UNET_HALO_PX = 64
 """Radius of `make_unet`'s receptive field, rounded up to its stride, 16."""
 

@@ -100,6 +100,17 @@ def test_compiled_networks_do_not_pile_up(runtime: OpenVino, tmp_path: Path) -> 
         runtime.refocus(plane((16, 16)), SCALING)
 
 
+def test_what_runs_is_what_was_checked(runtime: OpenVino, tmp_path: Path) -> None:
+    """The file may be exchanged once the package is loaded: new shapes compile the old bytes."""
+    raw = plane((32, 48))
+    package = identity_package.make(tmp_path / "identity")
+    runtime.load(package, (16, 16))
+    other = identity_package.make(tmp_path / "negated", answer="negated")
+    (package.folder / ONNX).write_bytes((other.folder / ONNX).read_bytes())
+    runtime.load(package, raw.shape)
+    np.testing.assert_array_equal(runtime.refocus(raw, SCALING).pixels, raw)
+
+
 def test_an_unusable_network_is_refused(runtime: OpenVino, unet: Package, tmp_path: Path) -> None:
     files = {name: (unet.folder / name).read_bytes() for name in FILES}
     nonsense = write(tmp_path / "nonsense", unet.manifest, {**files, ONNX: files[WEIGHTS]})

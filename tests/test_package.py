@@ -1,5 +1,6 @@
 """A model package is what its manifest says, or it is refused before anything else reads it."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from engine import package
-from engine.package import FILES, MANIFEST, Package
+from engine.package import FILES, MANIFEST, ONNX, Package
 from refocus.errors import PackageError
 from refocus.frame import FrameHeader
 from tests import identity_package
@@ -47,6 +48,19 @@ def test_an_altered_or_missing_file_is_refused(shipped: Package, name: str) -> N
         package.load(shipped.folder)
 
 
+def test_weights_in_another_file_are_refused(shipped: Package, tmp_path: Path) -> None:
+    files = {name: (shipped.folder / name).read_bytes() for name in FILES}
+    outside = {**files, ONNX: identity_package.with_external_data(files[ONNX], tmp_path / "apart")}
+    with pytest.raises(PackageError, match="keeps weights in another file"):
+        package.write(tmp_path / "new", shipped.manifest, outside)
+    assert not (tmp_path / "new").exists()
+    (shipped.folder / ONNX).write_bytes(outside[ONNX])
+    hashes = {**shipped.manifest.files, ONNX: hashlib.sha256(outside[ONNX]).hexdigest()}
+    edit(shipped.folder, files=hashes)
+    with pytest.raises(PackageError, match="keeps weights in another file"):
+        package.load(shipped.folder)
+
+
 def test_the_hash_names_every_byte(shipped: Package) -> None:
     edit(shipped.folder, version="1")
     assert package.load(shipped.folder).hash != shipped.hash
@@ -61,6 +75,8 @@ def test_the_hash_names_every_byte(shipped: Package) -> None:
         ({"halo_px": 24}, "multiple of the stride 16, got 24"),
         ({"pixel_um": [2.0, 0.1]}, "pixel_um must be"),
         ({"name": "../escape"}, "name must match"),
+        ({"version": "1.0-β"}, "version must match"),
+        ({"version": ""}, "version must match"),
         ({"scale": 2}, "scale"),
         ({"scaling": "minmax"}, "wants scaling 'minmax'"),
         ({"files": {}}, "it hashes nothing"),

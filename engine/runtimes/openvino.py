@@ -27,7 +27,7 @@ import numpy as np
 import psutil
 
 from engine.checks import check_answer
-from engine.package import Package
+from engine.package import ONNX, Package
 from engine.runtimes import Refocused
 from engine.scaling import Scaling, to_counts, to_network
 from refocus.errors import EngineError, PackageError
@@ -110,18 +110,18 @@ class OpenVino:
     def _compile(self, package: Package, padded: tuple[int, int]) -> Any:
         wanted = [1, 1, *padded]
         try:
-            model = self._core.read_model(package.onnx)
+            model = self._core.read_model(package.generator)
             model.reshape(wanted)
             compiled = self._core.compile_model(model, "CPU", self._options)
             got = list(compiled.output().shape)
         except RuntimeError as error:
             raise PackageError(
-                f"model package {package.folder}: OpenVINO cannot compile {package.onnx.name} "
+                f"model package {package.folder}: OpenVINO cannot compile {ONNX} "
                 f"for input {wanted}: {error}"
             ) from error
         if got != wanted:
             raise PackageError(
-                f"model package {package.folder}: {package.onnx.name} answers shape {got} "
+                f"model package {package.folder}: {ONNX} answers shape {got} "
                 f"to input {wanted}; wanted the same shape"
             )
         return compiled.create_infer_request()
