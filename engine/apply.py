@@ -26,7 +26,7 @@ import numpy as np
 from engine.checks import check_plane
 from engine.package import Package, unfit_pixels
 from engine.runtimes import Runtime
-from engine.scaling import Scaling, derive
+from engine.scaling import Sample, Scaling, derive_from, take_sample
 from engine.tiff_reader import Key, Layer, layers, open_tiff, pixel_um, read_blocks, read_rows
 from engine.tiff_writer import WHOLE_PX, open_writer, tile_shape, write_layer
 from engine.tiles import Span, spans
@@ -197,27 +197,29 @@ def _scalings(found: list[Layer]) -> dict[Key, Scaling | None]:
         for sample in range(layer.separate * layer.interleaved):
             if (key := layer.key(sample)) is not None:
                 sharing.setdefault(key, []).append((layer, sample))
-    return {key: derive(_blocks(places)) for key, places in sharing.items()}
+    return {key: derive_from(_samples(places)) for key, places in sharing.items()}
 
 
 def _flat(scalings: dict[Key, Scaling | None]) -> list[str]:
     return [
-        f"channel {channel}, sample {sample} holds nothing (one level everywhere): copied as it is"
+        f"channel {channel}, sample {sample} holds one level wherever it was looked at: "
+        "copied as it is"
         for (channel, sample), scaling in scalings.items()
         if scaling is None
     ]
 
 
-def _blocks(places: list[tuple[Layer, int]]) -> list[Pixels]:
+def _samples(places: list[tuple[Layer, int]]) -> list[Sample]:
     count = min(len(places), SAMPLED_LAYERS)
     chosen = [places[index] for index in np.linspace(0, len(places) - 1, count).astype(int)]
-    blocks: list[Pixels] = []
-    for layer, sample in chosen:
-        separate = sample if layer.separate > 1 else 0
-        interleaved = sample if layer.interleaved > 1 else 0
-        drawn = read_blocks(layer, SAMPLED_BLOCKS // count, separate)
-        blocks.extend(block[..., interleaved] for block in drawn)
-    return blocks
+    samples: list[Sample] = []
+    for layer, number in chosen:
+        separate = number if layer.separate > 1 else 0
+        interleaved = number if layer.interleaved > 1 else 0
+        for block in read_blocks(layer, SAMPLED_BLOCKS // count, separate):
+            samples.append(take_sample(block[..., interleaved]))
+            del block  # or it would live on while the next is decoded
+    return samples
 
 
 def _bands(layer: Layer, job: _Job) -> Iterator[Pixels]:

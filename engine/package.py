@@ -28,7 +28,8 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -52,7 +53,7 @@ SHIPPED = Path(__file__).parent / "models"
 
 _NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]{0,63}")
 _EXTERNAL = b"\x0a\x08location"
-"""The key, as protobuf encodes it, under which an ONNX tensor names the file that holds its data."""
+"""The key, in protobuf, under which an ONNX tensor names the file that holds its data."""
 
 
 class TrainingFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -133,7 +134,7 @@ class Package:
     manifest: Manifest
     hash: str
     """sha256 of manifest.json."""
-    generator: bytes = field(repr=False)
+    generator: bytes = dataclass_field(repr=False)
     """The float32 master, an ONNX file, as it was when its hash was checked."""
 
 

@@ -3,7 +3,10 @@
 The rule: counts map to ``(counts - offset) / scale`` where *offset* is the median and *scale* the
 distance from the median to the 99.9th percentile, or to the 0.1th where that is farther (stained
 tissue on a bright field hangs below its background). The median of a sparse field is its
-background, so background sits near 0 and structures near ±1 in every modality.
+background, so background sits near 0, and structures that cover more than a thousandth of the
+picture near ±1, in every modality. What covers less lies beyond ±1, which the network can take. A
+picture without noise may hold nothing but such structures (a few beads on zeros): where the
+percentiles span less than one count, the extremes of all pixels take their place.
 
 One map is derived per run and channel from its first non-empty planes, frozen, written into the
 run and used again bit for bit by everything that refocuses that run later. Never per frame (a
@@ -14,6 +17,7 @@ exact scale therefore only keeps FP16 in range; it is the offset that the networ
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -36,18 +40,43 @@ class Scaling(msgspec.Struct, frozen=True):
     scale: float
 
 
+class Sample(NamedTuple):
+    """What `derive` has to know of a plane, in a fraction of its memory; all in camera counts."""
+
+    counts: Pixels
+    """About SAMPLE_PX pixels from all over the plane, a copy (n,)."""
+    lowest: float
+    """Of all pixels of the plane."""
+    highest: float
+
+
+def take_sample(plane: Pixels) -> Sample:
+    """Sample of a plane (y, x), uint8 or uint16; the plane itself can be let go."""
+    step = max(1, plane.size // SAMPLE_PX)
+    # An odd step visits every column: an even one sees only half of a striped or mosaic camera.
+    counts = plane.flat[:: step | 1]  # a copy, where a slice of ravel() would keep the plane alive
+    return Sample(counts, float(plane.min()), float(plane.max()))
+
+
 def derive(planes: Sequence[Pixels]) -> Scaling | None:
     """Scaling of a channel from its first planes (each (y, x), uint8 or uint16).
 
-    Returns None while all of them are flat: a black or saturated frame tells nothing of a channel.
+    Returns None while all of them are one level: that tells nothing of a channel.
     """
-    samples = [_subsample(plane) for plane in planes]
-    counts = np.concatenate(samples) if samples else np.zeros(1)
+    return derive_from([take_sample(plane) for plane in planes])
+
+
+def derive_from(samples: Sequence[Sample]) -> Scaling | None:
+    """`derive` for planes that do not fit into memory together."""
+    if not samples:
+        return None
+    counts = np.concatenate([one.counts for one in samples])
     low, middle, high = (float(v) for v in np.percentile(counts, (0.1, 50.0, 99.9)))
     scale = max(high - middle, middle - low)
-    if scale < 1.0:  # one count: less than that is quantisation, not signal
-        return None
-    return Scaling(offset=middle, scale=scale)
+    if scale < 1.0:
+        low, high = min(one.lowest for one in samples), max(one.highest for one in samples)
+        scale = max(high - middle, middle - low)
+    return Scaling(offset=middle, scale=scale) if low < high else None
 
 
 def to_network(pixels: Pixels, scaling: Scaling) -> npt.NDArray[np.float32]:
@@ -74,9 +103,3 @@ def to_counts(
     clipped = int(np.count_nonzero(counts < limits.min) + np.count_nonzero(counts > limits.max))
     np.clip(counts, limits.min, limits.max, out=counts)
     return counts.astype(dtype), clipped
-
-
-def _subsample(plane: Pixels) -> Pixels:
-    step = max(1, plane.size // SAMPLE_PX)
-    # An odd step visits every column: an even one sees only half of a striped or mosaic camera.
-    return plane.ravel()[:: step | 1]

@@ -145,20 +145,23 @@ def read_rows(layer: Layer, start: int, stop: int, sample: int = 0) -> Pixels:
     return rows
 
 
-def read_blocks(layer: Layer, count: int, sample: int = 0) -> list[Pixels]:
-    """At most *count* blocks (rows, columns, interleaved) from all over the layer.
+def read_blocks(layer: Layer, count: int, sample: int = 0) -> Iterator[Pixels]:
+    """At most *count* blocks (rows, columns, interleaved) from all over the layer, one at a time.
 
-    Which ones is drawn by chance, but always the same: nothing in the picture can be in step.
+    Each may be as large as MAX_SEGMENT_MIB: who keeps them all keeps the layer in memory. Which
+    ones is drawn by chance, but always the same: nothing in the picture can be in step.
     """
     if layer.offset is not None:
         length = max(1, _BLOCK_PX // (layer.width * layer.interleaved))
-        starts = [index * length for index in _draw(-(-layer.height // length), count)]
-        return [
-            read_rows(layer, start, min(start + length, layer.height), sample) for start in starts
-        ]
+        for index in _draw(-(-layer.height // length), count):
+            start = index * length
+            yield read_rows(layer, start, min(start + length, layer.height), sample)
+        return
     across, down, _ = _grid(layer)
     indices = [sample * down * across + index for index in _draw(down * across, count)]
-    return [segment for segment, _, _ in _segments(layer, indices)]
+    for segment, _, _ in _segments(layer, indices):
+        yield segment
+        del segment  # or it would live on while the next is decoded
 
 
 def pixel_um(tif: TiffFile) -> float | None:
@@ -288,6 +291,7 @@ def _segments(
         segment, (_, _, y, x, _), _ = keyframe.decode(data, index, **tables)
         if segment is not None:
             yield segment[0, : layer.height - y, : layer.width - x], y, x
+        del segment, data  # or they would live on while the next is decoded
 
 
 def _draw(available: int, count: int) -> list[int]:

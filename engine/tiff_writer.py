@@ -1,9 +1,10 @@
 """TIFF out: a layer is written in the layout of its source, from bands of rows, one IFD each.
 
-Tiled stays tiled, and what is larger than `WHOLE_PX` becomes tiled. Compressed becomes Deflate: it
-loses nothing and every reader knows it, while the source's own may be lossy. The tags that describe
-the picture are carried over with their bytes untouched, so whatever a program has written there it
-finds again; the Software tag of every IFD says that the picture was computed.
+Tiled stays tiled, in the source's own tiles where these are small enough to be written in bands of
+rows that memory can hold, and what is larger than `WHOLE_PX` becomes tiled. Compressed becomes
+Deflate: it loses nothing and every reader knows it, while the source's own may be lossy. The tags
+that describe the picture are carried over with their bytes untouched, so whatever a program has
+written there it finds again; the Software tag of every IFD says that the picture was computed.
 """
 
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ WHOLE_PX = 4096**2
 _BIGTIFF_BYTES = (4 << 30) - (64 << 20)
 _BUFFER_BYTES = 16 << 20
 _TILE_PX = 512
+_LARGEST_TILE_PX = 1024
 _DESCRIPTION = 270
 _CARRIED = (271, 272, 306, 315, 316, 700, 33432, 34675, 50838, 50839, 51123)
 """Make, model, date, artist, host, XMP, copyright, ICC profile, ImageJ (2), Micro-Manager."""
@@ -73,8 +75,10 @@ def write_layer(writer: TiffWriter, layer: Layer, bands: Iterator[Pixels], label
 def tile_shape(layer: Layer) -> tuple[int, int] | None:
     """Rows and columns of the tiles that *layer* is written in; None: strips."""
     page = layer.keyframe
-    if page.is_tiled and not (page.tilelength % 16 or page.tilewidth % 16):
-        return page.tilelength, page.tilewidth
+    if page.is_tiled:
+        sides = page.tilelength, page.tilewidth
+        usable = all(side % 16 == 0 and side <= _LARGEST_TILE_PX for side in sides)
+        return sides if usable else (_TILE_PX, _TILE_PX)
     return (_TILE_PX, _TILE_PX) if layer.height * layer.width > WHOLE_PX else None
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from engine import apply, tiff_reader, tiff_writer
 from engine.apply import refocus_file
 from engine.package import Package, find, load
 from engine.runtimes.openvino import OpenVino
+from engine.scaling import derive
 from engine.tiles import spans
 from refocus.errors import RejectedError
 from tests import identity_package
@@ -113,6 +115,40 @@ def test_too_small_a_halo_would_show(
     tifffile.imwrite(tmp_path / "in.tif", RNG.poisson(3000, (331, 387)).astype(np.uint16))
     tiles, whole = in_tiles_and_whole(tmp_path / "in.tif", near, runtime, monkeypatch)
     assert np.abs(tiles.astype(float) - whole).max() > 0.02 * np.ptp(whole)
+
+
+def test_bands_fit_whatever_tiles_the_source_has(
+    tmp_path: Path, packages: dict[str, Package], runtime: OpenVino, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = RNG.integers(100, 4000, (2100, 600), dtype=np.uint16)
+    tifffile.imwrite(tmp_path / "in.tif", pixels, tile=(2048, 2048), compression="zlib")
+    for module in (apply, tiff_writer):
+        monkeypatch.setattr(module, "WHOLE_PX", 100**2)
+    monkeypatch.setattr(apply, "BAND_BYTES", 2 << 20)
+    halo = packages["identity"].manifest.halo_px
+    with tiff_reader.open_tiff(tmp_path / "in.tif") as tif:
+        rows, _ = apply._core(tiff_reader.layers(tif)[0][0], 16, halo)
+    assert 2 * (rows + halo) * pixels[0].nbytes <= 2 << 20
+    refocus_file(tmp_path / "in.tif", tmp_path / "out.tif", packages["identity"], runtime)
+    np.testing.assert_array_equal(tifffile.imread(tmp_path / "out.tif"), pixels)
+
+
+def test_a_scaling_is_derived_without_keeping_what_was_decoded(tmp_path: Path) -> None:
+    """12 planes of 8 MiB in a strip each: some of them at once, never all."""
+    page = np.tile(RNG.integers(100, 4000, (256, 2048), dtype=np.uint16), (8, 1))
+    with tifffile.TiffWriter(tmp_path / "in.tif") as writer:
+        for _ in range(12):
+            writer.write(page, compression="zlib", rowsperstrip=2048, metadata=None)
+    with tiff_reader.open_tiff(tmp_path / "in.tif") as tif:
+        found, _ = tiff_reader.layers(tif)
+        tracemalloc.start()
+        try:
+            scalings = apply._scalings(found)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert list(scalings.values()) == [derive([page])]
+    assert peak < 6 * page.nbytes
 
 
 def test_an_image_in_one_huge_compressed_strip_is_rejected(
