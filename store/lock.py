@@ -2,15 +2,27 @@
 
 The writer holds an operating-system lock on journal/writer.lock for as long as it lives. The system
 drops the lock with the process, however it died, so nothing stale is left behind: a run whose lock
-can be taken has no writer. (On a file system without locks, as some network shares are, every run
-looks dead.)
+can be taken has no writer. A reader that looks takes a shared lock for an instant, so a writer that
+starts asks again for half a second before it believes that there is another.
+
+On a file system without locks, as some network shares are, a run is written all the same: every run
+looks dead there, and nobody keeps a second writer out. The log says so.
 """
 
+import errno
+import logging
 import sys
+import time
 from io import FileIO
 from pathlib import Path
 
 from refocus.errors import RunError
+
+log = logging.getLogger(__name__)
+
+_TRIES = 50
+_PAUSE_S = 0.01
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class WriterLock:
@@ -19,7 +31,20 @@ class WriterLock:
     def __init__(self, path: Path) -> None:
         """Raise RunError where another writer, in this process or another, holds the lock."""
         self._file = path.open("ab", buffering=0)
-        if not _try_lock(self._file):
+        try:
+            taken = _take(self._file)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                self._file.close()
+                raise
+            log.warning(
+                "%s: no locks on this file system (%s): the run looks dead while it is written, "
+                "and a second writer is not kept out",
+                path,
+                error.strerror,
+            )
+            return
+        if not taken:
             self._file.close()
             raise RunError(f"{path}: this run has another writer; wait for it or stop it")
 
@@ -35,6 +60,14 @@ def is_held(path: Path) -> bool:
             return not _try_lock(file, shared=True)
     except OSError:  # no such file, or no locks here
         return False
+
+
+def _take(file: FileIO) -> bool:
+    for _ in range(_TRIES):
+        if _try_lock(file):
+            return True
+        time.sleep(_PAUSE_S)
+    return False
 
 
 if sys.platform == "win32":

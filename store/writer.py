@@ -13,6 +13,7 @@ All calls come from one thread. Readers may open the run at any moment (store/re
 """
 
 import math
+import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -71,7 +72,11 @@ class RunWriter:
         """Start a run in a new folder. Raises RunError where *path* exists: it stays untouched."""
         try:
             path.mkdir(parents=True)
-            journal = Journal(journal_dir(path), _plain_info(info))
+            try:
+                journal = Journal(journal_dir(path), _plain_info(info))
+            except BaseException:
+                shutil.rmtree(path, ignore_errors=True)  # made just now, so nothing else is in it
+                raise
         except FileExistsError as error:
             raise RunError(f"{path}: exists already; give a folder that does not") from error
         except OSError as error:

@@ -340,5 +340,60 @@ def test_one_writer_a_run_and_readers_know_of_it(tmp_path: Path) -> None:
     WriterLock(lock).release()
 
 
+def test_a_reader_that_looks_keeps_no_writer_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl", reason="Windows has no shared locks")
+    path = tmp_path / "writer.lock"
+    path.touch()
+    with path.open("rb") as reader:
+        fcntl.flock(reader, fcntl.LOCK_SH)
+        monkeypatch.setattr(time, "sleep", lambda _: fcntl.flock(reader, fcntl.LOCK_UN))
+        lock = WriterLock(path)
+    assert is_held(path)
+    lock.release()
+
+
+@pytest.mark.parametrize("reason", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_run_is_written_where_there_are_no_locks(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    reason: int,
+) -> None:
+    refuse_locks(monkeypatch, reason)
+    run = start(tmp_path / "run")
+    assert "no locks on this file system" in caplog.text
+    run.write_raw(frame(0, {"time": 0}), {})
+    assert open_run(tmp_path / "run").state == State.INCOMPLETE, "looks dead, and is readable"
+    run.close(complete=True, expected_frames=1)
+    assert open_run(tmp_path / "run").state == State.COMPLETE
+
+
+def refuse_locks(patch: pytest.MonkeyPatch, reason: int) -> None:
+    fcntl = pytest.importorskip("fcntl", reason="Windows locks in another way")
+
+    def flock(file: object, operation: int) -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    patch.setattr(fcntl, "flock", flock)
+
+
+def test_a_run_that_cannot_be_made_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").mkdir()
+    with monkeypatch.context() as broken:
+        refuse_locks(broken, errno.EIO)
+        with pytest.raises(RunError, match="cannot be made here"):
+            start(tmp_path / "run")
+    with file_size_limit(10), pytest.raises(RunError, match="cannot be made here"):
+        start(tmp_path / "run")
+    with pytest.raises(RunError, match="exists already"):
+        start(tmp_path / "other")
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+    start(tmp_path / "run").close(complete=False, expected_frames=None)
+
+
 if __name__ == "__main__":
     write_for_ever(Path(sys.argv[1]))
