@@ -29,8 +29,10 @@ MAX_SEGMENT_MIB = 256
 _BLOCK_PX = 1 << 20
 _JPEG = (6, 7, 34892, 33007)
 _ALPHA = (1, 2)
-_PRINT_UM = 50.0
-"""A resolution tag that says more per pixel (508 dpi) speaks of paper, not of a sample."""
+_PRINT_UM = 10.0
+"""A resolution in inches that says more per pixel (2540 dpi) speaks of paper, not of a sample."""
+_COARSEST_UM = 50.0
+"""The same for a resolution in centimetres, which programs of microscopes write."""
 _UM_PER_UNIT = {
     "nm": 1e-3, "um": 1.0, "µm": 1.0, "μm": 1.0, "micron": 1.0, "microns": 1.0, "\\u00b5m": 1.0,
     "mm": 1e3, "cm": 1e4, "m": 1e6,
@@ -171,20 +173,26 @@ def pixel_um(tif: TiffFile) -> float | None:
         size, unit = re.search(r'PhysicalSizeX="([^"]+)"', tif.ome_metadata), "µm"
         if named := re.search(r'PhysicalSizeXUnit="([^"]+)"', tif.ome_metadata):
             unit = named[1]
-        return _in_um(float(size[1]), unit) if size else None
+        return _in_um(size[1], unit) if size else None
     if page.is_svs and (mpp := re.search(r"MPP\s*=\s*([\d.]+)", page.description)):
-        return _in_um(float(mpp[1]), "um")
+        return _in_um(mpp[1], "um")
     per_unit = page.resolution[0]  # pixels
     if not per_unit:
         return None
     if tif.imagej_metadata:
         return _in_um(1 / per_unit, str(tif.imagej_metadata.get("unit", "")))
-    size_um = {2: 25_400.0, 3: 10_000.0}.get(int(page.resolutionunit), math.inf) / per_unit
-    return size_um if size_um < _PRINT_UM else None
+    unit_um, limit_um = {2: (25_400.0, _PRINT_UM), 3: (10_000.0, _COARSEST_UM)}.get(
+        int(page.resolutionunit), (math.inf, 0.0)
+    )
+    size_um = unit_um / per_unit
+    return size_um if size_um < limit_um else None
 
 
-def _in_um(size: float, unit: str) -> float | None:
-    size_um = size * _UM_PER_UNIT.get(unit.lower(), math.nan)
+def _in_um(size: float | str, unit: str) -> float | None:
+    try:
+        size_um = float(size) * _UM_PER_UNIT.get(unit.lower(), math.nan)
+    except ValueError:  # a program wrote "0,2": unknown, and said to be so
+        return None
     return size_um if math.isfinite(size_um) and size_um > 0 else None
 
 

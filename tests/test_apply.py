@@ -26,6 +26,12 @@ GREY = RNG.integers(100, 4000, (6, 70, 91), dtype=np.uint16)
 RGB = RNG.integers(0, 255, (70, 93, 3), dtype=np.uint8)
 UM = {"resolution": (1e4 / 0.2, 1e4 / 0.2), "resolutionunit": "CENTIMETER"}
 
+OME_XML = (
+    '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06">'
+    '<Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYCZT" Type="uint16" SizeX="91" '
+    'SizeY="70" SizeC="1" SizeZ="1" SizeT="1" %s><TiffData/></Pixels></Image></OME>'
+)
+
 LAYOUTS: dict[str, tuple[npt.NDArray[Any], dict[str, Any]]] = {
     "yx": (GREY[0], {}),
     "uint8": (RGB[..., 0], {}),
@@ -192,8 +198,12 @@ def test_of_a_pyramid_the_full_level_is_written(
         ({"imagej": True, "metadata": {"unit": "pixel"}, "resolution": (4, 4)}, None),
         (UM, 0.2),
         ({"resolution": (25_400, 25_400), "resolutionunit": "INCH"}, 1.0),
-        ({"resolution": (72, 72), "resolutionunit": "INCH"}, None),
+        *[({"resolution": (dpi, dpi), "resolutionunit": "INCH"}, None) for dpi in (72, 600, 2400)],
+        ({"resolution": (118, 118), "resolutionunit": "CENTIMETER"}, None),
         ({}, None),
+        ({"description": OME_XML % 'PhysicalSizeX="0,2"'}, None),
+        ({"description": OME_XML % 'PhysicalSizeX="0.2" PhysicalSizeXUnit="mm"'}, 200.0),
+        ({"description": "Aperio Image Library\n|AppMag = 20|MPP = 0.49.90"}, None),
         ({"description": "Aperio Image Library\n|AppMag = 20|MPP = 0.4990"}, 0.499),
     ],
 )
