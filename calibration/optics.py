@@ -104,10 +104,12 @@ def psf(
 
 
 def blur(image: Image, kernel: Image) -> Image:
-    """Convolve *image* (y, x) with *kernel* (odd sides), edges continued by reflection; float32."""
-    reach = [
-        min(side // 2, length - 1) for side, length in zip(kernel.shape, image.shape, strict=True)
-    ]
+    """Convolve *image* (y, x) with *kernel* (odd sides), edges continued by reflection; float32.
+
+    Where the kernel reaches beyond the whole image it is reflected again and again, and a side of
+    one pixel is repeated: no light is lost at any size.
+    """
+    reach = [side // 2 for side in kernel.shape]
     padded = np.pad(image.astype(np.float32), [(r, r) for r in reach], mode="reflect")
     shape = [
         fft.next_fast_len(n + k, real=True) for n, k in zip(padded.shape, kernel.shape, strict=True)

@@ -50,6 +50,14 @@ def test_without_pycromanager_the_error_says_what_to_install(
         DemoMicroscope(64)
 
 
+def test_metadata_that_says_where_a_frame_is_spares_asking_the_core() -> None:
+    microscope = DemoMicroscope(32)  # not entered: there is no core to ask
+    metadata = {"Axes": {"channel": CHANNELS[0]}}
+    metadata |= {f"{axis}Position_um_Intended": 0.0 for axis in "XYZ"}
+    image = microscope.wrap(lambda image, _: image)(None, metadata)
+    assert image.shape == (32, 32)
+
+
 # --- the microscope -------------------------------------------------------------------------------
 
 

@@ -10,19 +10,19 @@ from scipy import ndimage
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from calibration.metrics import (
+    CEILING_DB,
     affine_fit,
-    brenner,
     care,
+    care_psnr,
     comi,
     frc,
     frc_cutoff,
     pearson,
     psnr,
     ssim,
-    tenengrad,
 )
-from calibration.optics import Optics, blur, psf
 from calibration.simulate import Camera, expose, filaments, nuclei
+from refocus.errors import SettingsError
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,25 @@ def test_care_does_not_see_exposure_and_offset(
     plain, moved = care(noisy, truth), care(slope * noisy + offset, truth)
     assert moved.psnr_db == pytest.approx(plain.psnr_db, abs=1e-3)
     assert moved.ssim == pytest.approx(plain.ssim, abs=1e-4)
+
+
+def test_cares_psnr_alone_is_that_of_care_and_has_a_ceiling(
+    truth: np.ndarray, noisy: np.ndarray
+) -> None:
+    assert care_psnr(noisy, truth) == pytest.approx(care(noisy, truth).psnr_db)
+    assert care_psnr(truth, truth) == CEILING_DB
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (40, 6), (1, 1)])
+def test_planes_smaller_than_the_window_have_no_similarity(shape: tuple[int, int]) -> None:
+    with pytest.raises(SettingsError, match="7 px a side"):
+        ssim(np.ones(shape), np.ones(shape), 1)
+
+
+@pytest.mark.parametrize("shape", [(5, 40), (2047, 1)])
+def test_planes_of_a_few_pixels_have_no_cutoff(shape: tuple[int, int]) -> None:
+    with pytest.raises(SettingsError, match="6 px a side"):
+        frc_cutoff(np.ones(shape), np.ones(shape))
 
 
 def test_comi_does_see_them(truth: np.ndarray, noisy: np.ndarray) -> None:
@@ -102,14 +121,3 @@ def test_the_cutoff_is_where_the_common_signal_ends() -> None:
 def test_a_blur_does_not_raise_the_cutoff(truth: np.ndarray, noisy: np.ndarray) -> None:
     soft = ndimage.gaussian_filter(noisy.astype(float), 1.0)
     assert frc_cutoff(soft, truth) <= frc_cutoff(noisy, truth) + 0.02
-
-
-@pytest.mark.parametrize("measure", [brenner, tenengrad])
-def test_focus_measures_are_highest_in_focus(measure) -> None:
-    rng = np.random.default_rng(0)
-    density = nuclei(rng, (128, 128))
-    optics = Optics(na=0.75, immersion_index=1, wavelength_um=0.52, pixel_um=0.325)
-    z_um = (-6.0, -3.0, 0.0, 3.0, 6.0)
-    planes = [expose(rng, 2000 * blur(density, psf(optics, z)) + 20, Camera()) for z in z_um]
-    values = [measure(plane) for plane in planes]
-    assert int(np.argmax(values)) == 2

@@ -146,13 +146,15 @@ class DemoMicroscope:
         axes = metadata["Axes"]
         # The noise of a frame depends on its axes, not on when it came: a run can be repeated.
         noise = zlib.crc32(json.dumps(axes, sort_keys=True).encode())
-        return self._specimen.image(
-            axes.get("channel", CHANNELS[0]),
-            metadata.get("ZPosition_um_Intended", self._core.get_position()),
-            metadata.get("XPosition_um_Intended", self._core.get_x_position()),
-            metadata.get("YPosition_um_Intended", self._core.get_y_position()),
-            noise,
+        places = (
+            ("ZPosition_um_Intended", "get_position"),
+            ("XPosition_um_Intended", "get_x_position"),
+            ("YPosition_um_Intended", "get_y_position"),
         )
+        z_um, x_um, y_um = (
+            metadata[key] if key in metadata else getattr(self._core, ask)() for key, ask in places
+        )
+        return self._specimen.image(axes.get("channel", CHANNELS[0]), z_um, x_um, y_um, noise)
 
 
 def start_core(config: Path, buffer_mib: int = BUFFER_MIB) -> Any:

@@ -82,8 +82,8 @@ def compare(run: Run, microscope: DemoMicroscope) -> Psnr | None:
         before, after = run.raw(header.seq), run.refocused(header.seq)
         if truth is None or before is None or after is None:
             continue
-        raw.append(metrics.care(before, truth).psnr_db)
-        refocused.append(metrics.care(after, truth).psnr_db)
+        raw.append(metrics.care_psnr(before, truth))
+        refocused.append(metrics.care_psnr(after, truth))
     if not raw:
         return None
     return Psnr(raw=round(float(np.mean(raw)), 2), refocused=round(float(np.mean(refocused)), 2))
