@@ -146,6 +146,8 @@ def _remarks(run: Run) -> Iterator[str]:
 
 
 def _ends_torn(path: Path) -> bool:
+    if not path.exists():
+        return False
     with path.open("rb") as file:
         if not file.seek(0, os.SEEK_END):
             return False

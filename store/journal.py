@@ -128,6 +128,21 @@ def plain(value: object) -> Any:
     return plain(str(value))
 
 
+def plain_tags(tags: Mapping[str, object]) -> dict[str, Any]:
+    """`plain` of every tag; a note stands in place of one that cannot be converted.
+
+    A tag may contain itself, or be an object whose own methods fail. No plane is lost for that.
+    """
+    return {str(plain(key)): _plain_or_note(value) for key, value in tags.items()}
+
+
+def _plain_or_note(value: object) -> Any:
+    try:
+        return plain(value)
+    except Exception as error:  # noqa: BLE001  # a tag can be anybody's object
+        return f"(left out: {type(value).__name__} cannot be written, {type(error).__name__})"
+
+
 class AppendFile:
     """A new file that grows by whole entries. A failed append leaves its end where it was."""
 

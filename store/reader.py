@@ -141,7 +141,9 @@ class Run:
     def frames(self) -> Iterator[FrameEntry]:
         """Every frame in the order written, then those that were booked as failed unseen."""
         seen: set[int] = set()
-        for line in _lines(journal_dir(self.path) / FRAMES, msgspec.json.Decoder(FrameLine)):
+        path = journal_dir(self.path) / FRAMES
+        lines = _lines(path, msgspec.json.Decoder(FrameLine)) if path.exists() else ()
+        for line in lines:
             if line is not None and line.header.seq not in seen:
                 seen.add(line.header.seq)
                 yield self._entry(line.header.seq, line)
@@ -191,11 +193,19 @@ def open_run(path: Path) -> Run:
     folder = journal_dir(path)
     held = is_held(folder / LOCK)  # first: a writer that closes meanwhile has written its seal
     try:
+        if _is_unborn(folder):
+            return Run(path, held=held, records=Records([], [], 0), notes=Notes())
         records = read_records(folder / OUTCOMES)  # before the lines: then none is missing
         notes = _read_notes(folder / LINES)
     except OSError as error:
         raise RunError(f"{path}: its journal cannot be read ({error})") from error
     return Run(path, held=held, records=records, notes=notes)
+
+
+def _is_unborn(folder: Path) -> bool:
+    """Whether the writer was killed, or is, between making its files: the last one is missing."""
+    before = (LOCK, OUTCOMES, FRAMES)
+    return all(path.name in before and not path.stat().st_size for path in folder.iterdir())
 
 
 def _read_notes(path: Path) -> Notes:

@@ -36,6 +36,7 @@ from store.journal import (
     ScalingLine,
     SealLine,
     plain,
+    plain_tags,
 )
 from store.layout import Pair, Place, Placer, RunInfo, journal_dir
 from store.records import MAX_CLIPPED, Kind, Record, count, crc32c
@@ -225,7 +226,7 @@ class RunWriter:
             )
         pair, place = self._placer.place(header)
         header = msgspec.structs.replace(header, segment=pair.segment)
-        self._journal.frame(FrameLine(header, plain(tags)))
+        self._journal.frame(FrameLine(header, plain_tags(tags)))
         return header, pair, place
 
     def _tell_pair(self, pair: Pair) -> None:
@@ -296,10 +297,13 @@ def _saved(seq: int, kind: Kind, outcome: int, place: Place, stored: Pixels) -> 
 
 
 def _clean(header: FrameHeader) -> FrameHeader:
-    """The header with axis values that are whole numbers or text, and text that is UTF-8."""
+    """The header with axis values that are whole numbers or text, and text that is UTF-8.
+
+    True and False become text: as numbers they would share the slots of 1 and 0.
+    """
     axes = {
-        key: value if isinstance(value, int | str) else str(value)
-        for key, value in plain(header.axes).items()
+        key: value if type(value) in (int, str) else str(value)
+        for key, value in plain_tags(header.axes).items()
     }
     return msgspec.structs.replace(
         header, axes=axes, channel=plain(header.channel), camera=plain(header.camera)

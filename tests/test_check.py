@@ -9,6 +9,7 @@ import pytest
 from store_runs import frame, pixels, start
 
 from refocus.cli.main import main
+from refocus.errors import RunError
 from refocus.frame import RefocusOutcome
 from store.check import check
 from store.reader import State, open_run
@@ -165,6 +166,33 @@ def test_an_empty_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     start(tmp_path / "run").close(complete=True, expected_frames=0)
     code, answer = as_json(tmp_path / "run", capsys)
     assert (code, answer["state"], answer["valid_ome_zarr"]) == (0, "empty", None)
+
+
+@pytest.mark.parametrize(
+    "names", [[], ["writer.lock"], ["writer.lock", "outcomes.bin", "frames.jsonl"]]
+)
+def test_a_writer_killed_while_it_made_its_files_leaves_an_empty_run(
+    tmp_path: Path, names: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run" / "journal").mkdir(parents=True)
+    for name in names:
+        (tmp_path / "run" / "journal" / name).touch()
+    assert open_run(tmp_path / "run").state == State.EMPTY
+    assert not list(open_run(tmp_path / "run").frames())
+    code, answer = as_json(tmp_path / "run", capsys)
+    assert (code, answer["state"]) == (0, "empty")
+
+
+@pytest.mark.parametrize("name", ["outcomes.bin", "run.jsonl"])
+def test_a_run_that_lost_a_file_of_its_journal_is_not_called_empty(run: Path, name: str) -> None:
+    (run / "journal" / name).unlink()
+    with pytest.raises(RunError, match="journal cannot be read"):
+        open_run(run)
+
+
+def test_a_lost_list_of_frames_is_a_finding(run: Path) -> None:
+    (run / "journal" / "frames.jsonl").unlink()
+    assert "4 saved frames have no readable line with their header and tags" in check(run).findings
 
 
 def test_no_run_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

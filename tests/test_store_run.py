@@ -277,6 +277,47 @@ def test_what_is_acknowledged_is_never_written_again(tmp_path: Path) -> None:
     np.testing.assert_array_equal(open_run(tmp_path / "run").refocused(0), twin)
 
 
+class Broken:
+    """An object that cannot be made text."""
+
+    def __str__(self) -> str:
+        raise ValueError("no text for me")
+
+
+def test_no_tag_costs_a_plane(tmp_path: Path) -> None:
+    endless: dict[str, object] = {"size": 3}
+    endless["self"] = [endless, endless]
+    run = start(tmp_path / "run")
+    run.write_raw(frame(0, {"time": 0}), {"endless": endless, "broken": Broken(), "Gain": 2})
+    run.close(complete=True, expected_frames=1)
+    found = open_run(tmp_path / "run")
+    np.testing.assert_array_equal(found.raw(0), pixels(0))
+    (entry,) = found.frames()
+    assert entry.tags == {
+        "endless": "(left out: dict cannot be written, RecursionError)",
+        "broken": "(left out: Broken cannot be written, ValueError)",
+        "Gain": 2,
+    }
+
+
+def test_true_and_false_are_text_on_every_axis(tmp_path: Path) -> None:
+    run = start(tmp_path / "run")
+    taken: list[dict[str, Any]] = [
+        {key: value} for key in ("time", "z", "position", "shutter") for value in (True, 1, False)
+    ]
+    for seq, axes in enumerate(taken):
+        run.write_raw(frame(seq, axes), {})
+    run.close(complete=True, expected_frames=len(taken))
+    found = open_run(tmp_path / "run")
+    assert found.state == State.COMPLETE
+    assert not found.notes.unreadable
+    for axes, entry in zip(taken, found.frames(), strict=True):
+        np.testing.assert_array_equal(found.raw(entry.seq), pixels(entry.seq))
+        assert entry.header is not None
+        ((key, value),) = axes.items()
+        assert entry.header.axes == {key: value if type(value) is int else str(value)}
+
+
 def test_planes_of_another_form_are_refused_and_booked(tmp_path: Path) -> None:
     run = start(tmp_path / "run")
     good = frame(0, {"time": 0})
