@@ -52,7 +52,9 @@ class Round:
 def highest_raw_rate(folder: Path) -> float:
     """Frames/s from the hook to the disk, nothing held back."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        recorder = Recorder(raw_only(), out=Path(scratch) / "run", read_hardware=lambda event: UNKNOWN)
+        recorder = Recorder(
+            raw_only(), out=Path(scratch) / "run", read_hardware=lambda event: UNKNOWN
+        )
         began = time.perf_counter()
         with recorder:
             feed(recorder, Camera(SHAPE), PROBE_FRAMES)
@@ -83,7 +85,9 @@ def one_round(folder: Path, fault: str, rate: float, generator: Path) -> Round:
         out = Path(scratch) / "run"
         # The healthy and the struck worker are warm; the hanging one must not hang before its time.
         warm = None if fault == "hung" else SHAPE
-        recorder = Recorder(settings, out=out, expected_shape=warm, read_hardware=lambda event: UNKNOWN)
+        recorder = Recorder(
+            settings, out=out, expected_shape=warm, read_hardware=lambda event: UNKNOWN
+        )
         with recorder:
             if fault != "absent":
                 recorder.wait_for_engine(READY_S)
