@@ -6,8 +6,9 @@ blur, its width chosen with the truth, because denoising alone earns decibels. W
 raise is the frequency up to which answer and truth agree (`metrics.frc_cutoff`). The in-focus plane
 is refocused too and held against itself: what is sharp must come back as it was.
 
-PSNR is CARE's (`metrics.care`). Means are over fields of view, the stacks of one field (its
-channels) averaged first, so that a stack of many planes does not outvote another field.
+PSNR is CARE's, with a ceiling (`metrics.care_psnr`). Means are over fields of view, the stacks of
+one field (its channels) averaged first, so that a stack of many planes does not outvote another
+field.
 
     refocus evaluate fluorescence --data DATA
 """
@@ -21,7 +22,7 @@ import numpy as np
 import tifffile
 from scipy import ndimage
 
-from calibration.metrics import affine_fit, frc_cutoff, psnr
+from calibration.metrics import care_psnr, frc_cutoff
 from engine.package import Package
 from engine.runtimes import Runtime
 from engine.scaling import derive
@@ -58,7 +59,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     z: float
     is_in_focus: bool
     psnr_input_db: float
-    """Infinite for the in-focus plane, which is its own truth."""
+    """The ceiling for the in-focus plane, which is its own truth."""
     psnr_blur_db: float
     psnr_refocused_db: float
     cutoff_input: float
@@ -81,7 +82,10 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_stacks(data: Path, kind: str = FLUORESCENCE) -> list[Stack]:
-    """The stacks in *data*/manifest.json whose kind begins with *kind*."""
+    """The stacks in *data*/manifest.json whose kind begins with *kind*; at least one.
+
+    Raises SettingsError where the list cannot be read or holds none.
+    """
     path = data / "manifest.json"
     try:
         stacks = msgspec.json.decode(path.read_bytes(), type=list[Stack])
@@ -90,7 +94,13 @@ def read_stacks(data: Path, kind: str = FLUORESCENCE) -> list[Stack]:
             f"{path}: no list of stacks can be read from it ({error}); "
             "point --data at the folder that holds manifest.json"
         ) from error
-    return [stack for stack in stacks if stack.kind.startswith(kind)]
+    found = [stack for stack in stacks if stack.kind.startswith(kind)]
+    if not found:
+        raise SettingsError(
+            f"{path}: none of its {len(stacks)} stacks is of a kind {kind!r}; "
+            "point --data at a folder that has some"
+        )
+    return found
 
 
 def evaluate(
@@ -98,10 +108,13 @@ def evaluate(
 ) -> Iterator[Row]:
     """Rows of *stacks* (files below *data*), plane by plane; only every *every*-th out of focus.
 
-    The scaling of a stack comes from its first plane, as it would in a run.
+    The scaling of a stack comes from its first plane, as it would in a run. Raises SettingsError
+    for a stack that cannot be read or is not what the list says.
     """
+    if every < 1:
+        raise SettingsError(f"evaluate: --every must be at least 1, got {every}")
     for stack in stacks:
-        planes: Pixels = tifffile.imread(data / stack.file)
+        planes = _read(data, stack)
         scaling = derive([planes[0]])
         if scaling is None:
             raise SettingsError(f"{data / stack.file}: its first plane is flat; leave it out")
@@ -114,9 +127,17 @@ def evaluate(
 
 
 def summarise(rows: Sequence[Row]) -> Summary:
-    """Means over fields, the stacks of a field averaged first."""
+    """Means over fields, the stacks of a field averaged first.
+
+    Wants a plane in focus and one out of it, or raises SettingsError.
+    """
     defocused = [row for row in rows if not row.is_in_focus]
     sharp = [row for row in rows if row.is_in_focus]
+    if not defocused or not sharp:
+        raise SettingsError(
+            f"evaluate: got {len(sharp)} planes in focus and {len(defocused)} out of it, "
+            "wanted one of each or more; leave out stacks of a single plane"
+        )
     return Summary(
         fields=len({row.field for row in rows}),
         planes=len(defocused),
@@ -130,9 +151,27 @@ def summarise(rows: Sequence[Row]) -> Summary:
     )
 
 
+def _read(data: Path, stack: Stack) -> Pixels:
+    """Planes (z, y, x) of *stack*."""
+    path = data / stack.file
+    try:
+        planes: Pixels = tifffile.imread(path)
+    except (OSError, tifffile.TiffFileError) as error:
+        raise SettingsError(
+            f"{path}: the stack cannot be read ({error}); "
+            "fetch it (docs/data.md) or take it off manifest.json"
+        ) from error
+    if planes.ndim != 3 or not 0 <= stack.infocus_plane < len(planes) == len(stack.z):
+        raise SettingsError(
+            f"{path}: its shape is {planes.shape}, manifest.json lists {len(stack.z)} planes, "
+            f"number {stack.infocus_plane} of them in focus; correct manifest.json"
+        )
+    return planes
+
+
 def _row(stack: Stack, plane: int, pixels: Pixels, answer: Pixels, truth: Pixels) -> Row:
     is_in_focus = plane == stack.infocus_plane
-    before = _care_psnr(pixels, truth)
+    before = care_psnr(pixels, truth)
     blurred = [ndimage.gaussian_filter(pixels.astype(np.float64), s) for s in BLUR_SIGMAS_PX]
     return Row(
         stack=Path(stack.file).stem,
@@ -141,17 +180,11 @@ def _row(stack: Stack, plane: int, pixels: Pixels, answer: Pixels, truth: Pixels
         z=stack.z[plane],
         is_in_focus=is_in_focus,
         psnr_input_db=before,
-        psnr_blur_db=max(before, *(_care_psnr(b, truth) for b in blurred)),
-        psnr_refocused_db=_care_psnr(answer, truth),
+        psnr_blur_db=max(before, *(care_psnr(b, truth) for b in blurred)),
+        psnr_refocused_db=care_psnr(answer, truth),
         cutoff_input=frc_cutoff(pixels, truth),
         cutoff_refocused=frc_cutoff(answer, truth),
     )
-
-
-def _care_psnr(prediction: Pixels, truth: Pixels) -> float:
-    """`metrics.care(...).psnr_db` alone: the similarity index would take most of the time."""
-    low, high = np.percentile(truth, (0.1, 99.9))
-    return psnr(affine_fit(prediction, truth), truth, max(float(high - low), 1e-9))
 
 
 def _field_mean(rows: Sequence[Row], value: Callable[[Row], float]) -> float:

@@ -11,6 +11,7 @@ import pytest
 import tifffile
 
 from calibration.evaluate import Row, evaluate, read_stacks, summarise
+from calibration.metrics import CEILING_DB, care_psnr
 from calibration.optics import Optics, blur, psf
 from calibration.publish import publish
 from calibration.simulate import Camera, expose, nuclei
@@ -130,6 +131,58 @@ def test_means_are_over_fields_their_stacks_averaged_first() -> None:
     assert summary.in_focus_psnr_db == 40
 
 
+def test_one_plane_that_came_back_untouched_does_not_hide_the_others() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 4096, (40, 40)).astype(np.uint16)
+    untouched = care_psnr(truth, truth)
+    rows = [
+        msgspec.structs.replace(row(name, name, psnr - 20), is_in_focus=True)
+        for name, psnr in (("a", untouched), ("b", 20.0))
+    ]
+    found = summarise([*rows, row("a", "a", 1.0), row("b", "b", 1.0)])
+    assert found.in_focus_psnr_db == pytest.approx((CEILING_DB + 20) / 2)
+
+
+def listed(folder: Path, **changes: object) -> Path:
+    """Lists one stack, of a file that is not there unless it is written."""
+    stack = {"file": "a.tif", "field": "a", "kind": "fl", "z": Z_UM, "infocus_plane": 1}
+    (folder / "manifest.json").write_text(json.dumps([stack | changes]))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("planes", "changes", "said"),
+    [
+        (None, {}, "a.tif: the stack cannot be read"),
+        (3, {"infocus_plane": 3}, "number 3 of them in focus; correct manifest.json"),
+        (2, {}, r"its shape is \(2, 40, 40\), manifest.json lists 3 planes"),
+        (3, {"kind": "bf"}, "none of its 1 stacks is of a kind 'fl'"),
+        (1, {"z": [0.0], "infocus_plane": 0}, "leave out stacks of a single plane"),
+    ],
+)
+def test_stacks_that_are_not_as_listed_are_refused(
+    package: Package, tmp_path: Path, planes: int | None, changes: dict[str, object], said: str
+) -> None:
+    listed(tmp_path, **changes)
+    if planes:
+        pixels = np.random.default_rng(0).integers(0, 999, (planes, 40, 40)).astype(np.uint16)
+        tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="minisblack")
+    runtime = OpenVino(threads=1)
+    try:
+        with pytest.raises(SettingsError, match=said):
+            summarise(list(evaluate(package, runtime, tmp_path, read_stacks(tmp_path))))
+    finally:
+        runtime.close()
+
+
+@pytest.mark.parametrize("every", ["0", "-1"])
+def test_no_plane_at_all_is_no_choice(
+    package: Package, data: Path, capsys: pytest.CaptureFixture[str], every: str
+) -> None:
+    assert main(["evaluate", str(package.folder), "--data", str(data), "--every", every]) == 2
+    assert "--every must be at least 1" in capsys.readouterr().err
+
+
 def test_data_without_a_list_of_stacks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="point --data at"):
         read_stacks(tmp_path)
@@ -144,6 +197,6 @@ def test_the_command_prints_a_line_a_stack_or_json(
     assert lines[0].startswith("cells")
     assert lines[1].startswith("mean of 1 fields")
     assert main([*command, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)  # no Infinity
     assert len(found["planes"]) == 3
     assert found["summary"]["planes"] == 2

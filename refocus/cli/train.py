@@ -80,8 +80,6 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
     """Print a line a stack and the means over fields."""
-    import json
-
     import msgspec
 
     from calibration.evaluate import evaluate, read_stacks, summarise
@@ -101,9 +99,8 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         runtime.close()
     summary = summarise(rows)
     if arguments.json:
-        # Infinite for a plane that is its own truth, which JSON cannot say: null.
-        planes = [msgspec.json.decode(msgspec.json.encode(row)) for row in rows]
-        print(json.dumps({"summary": msgspec.structs.asdict(summary), "planes": planes}, indent=1))
+        text = msgspec.json.encode({"summary": summary, "planes": rows})
+        print(msgspec.json.format(text, indent=1).decode())
     else:
         _print(f"mean of {summary.fields} fields", summary)
     return 0
