@@ -1,9 +1,11 @@
 """From a finished training to a model package: weights, ONNX master, golden planes, manifest.
 
 What the manifest claims is taken from where it is true: the settings that the training stored, the
-files it read (hashed again here), the range of objectives it drew, and figures measured now on the
-real stacks, with the package itself through a runtime. A generator whose training was cut short
-cannot be published as if it had run to its end.
+range of objectives it drew, and figures measured now on the real stacks, with the package itself
+through a runtime. The training files are those that lie in --data now, and their hashes are of now:
+publish with the data that was trained on. A training that was cut short cannot be published as if
+it had run to its end, nor one with settings that `refocus train` has no option for: the command in
+the manifest must be the one that trains this generator.
 
 Golden planes are simulated, so a package holds no one's picture.
 """
@@ -11,6 +13,7 @@ Golden planes are simulated, so a package holds no one's picture.
 import platform
 import tempfile
 from datetime import UTC, datetime
+from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from calibration.evaluate import FLUORESCENCE, evaluate, read_stacks, summarise
 from calibration.objectives import training_range
 from calibration.optics import Optics, blur, depth_of_field_um, psf
 from calibration.simulate import Camera, beads, expose, mixed, nuclei
-from calibration.train import CHECKPOINT, Progress, Settings, read_settings
+from calibration.train import CHECKPOINT, OPTIONS, Progress, Settings, read_settings
 from calibration.weights import load_average
 from engine.generators.light import Light
 from engine.package import (
@@ -51,9 +54,13 @@ def publish(
 
     *data* holds the training pictures (in-focus/) and the real stacks that it is measured on;
     *note* is anything about this training that its command does not say.
-    Raises PackageError where the training has not reached its end.
+    Raises PackageError where *out* exists, the training has not reached its end, or `refocus train`
+    cannot be told its settings.
     """
+    if out.exists():
+        raise PackageError(f"model package {out} exists; choose another --out or remove it")
     settings = read_settings(run)
+    _check_can_be_said(settings, run)
     weights, state = load_average(run / CHECKPOINT)
     done = Progress(**state).share(settings)
     if done < 1:
@@ -91,22 +98,45 @@ def publish(
 
 
 def _training(settings: Settings, state: dict[str, Any], data: Path, note: str | None) -> Training:
-    defaults = Settings(steps=1)
-    options = [
-        f"--{key} {getattr(settings, key)}"
-        for key in ("seed", "threads", "device")
-        if getattr(settings, key) != getattr(defaults, key)
-    ]
+    options = [f"--{key} {value}" for key, value in _changed(settings).items()]
     command = ["refocus train --data DATA --out OUT", f"--steps {state['step']}", *options]
     notes = {
         "steps": state["step"],
         "minutes": round(state["minutes"], 1),
+        "settings": msgspec.structs.asdict(settings),
         "machine": platform.machine(),
         "torch": str(torch.__version__),
+        "refocus": installed_version("refocus"),
     }
+    if settings.minutes is not None:
+        notes["length"] = (
+            f"The schedule followed a clock of {settings.minutes:g} minutes, in which "
+            f"{state['step']} steps were done: the command trains as many steps on the same data, "
+            "but not to the same bits."
+        )
     if note:
         notes["note"] = note
     return Training(command=" ".join(command), files=tuple(training_files(data)), notes=notes)
+
+
+def _changed(settings: Settings) -> dict[str, Any]:
+    """Settings that are not the defaults, the length aside."""
+    values, defaults = (msgspec.structs.asdict(s) for s in (settings, Settings(steps=1)))
+    return {
+        key: value
+        for key, value in values.items()
+        if key not in ("minutes", "steps") and value != defaults[key]
+    }
+
+
+def _check_can_be_said(settings: Settings, run: Path) -> None:
+    unsaid = {key: value for key, value in _changed(settings).items() if key not in OPTIONS}
+    if unsaid:
+        raise PackageError(
+            f"{run}: trained with {', '.join(f'{k} = {v}' for k, v in unsaid.items())}, for which "
+            "refocus train has no option, so no command could repeat it; make that the default "
+            "or train without it"
+        )
 
 
 def _measure(package: Package, data: Path) -> dict[str, Any]:

@@ -32,6 +32,8 @@ from refocus.errors import SettingsError
 
 CHECKPOINT = "checkpoint.safetensors"
 SETTINGS = "settings.json"
+OPTIONS = ("batch", "objectives", "specimens", "seed", "threads", "device")
+"""Settings that the command line can say besides the length."""
 LOG = "log.csv"
 CHECKPOINT_MIN = 3.0
 VALIDATION_BATCHES = 10
@@ -42,7 +44,7 @@ LOG_COLUMNS = (
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that decides what a training becomes; stored in its checkpoints."""
+    """Everything that decides what a training becomes; stored beside its checkpoints."""
 
     minutes: float | None = None
     steps: int | None = None
@@ -63,6 +65,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise SettingsError(
                 f"train: give --minutes or --steps, one of them; got {self.minutes}, {self.steps}"
             )
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise SettingsError(f"train: --minutes must be above 0 and finite, got {self.minutes}")
+        for key in ("steps", "batch", "objectives", "specimens", "threads"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise SettingsError(f"train: --{key} must be at least 1, got {value}")
+        if self.seed < 0:
+            raise SettingsError(f"train: --seed must be at least 0, got {self.seed}")
 
 
 @dataclass

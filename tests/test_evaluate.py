@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -15,13 +16,14 @@ from calibration.metrics import CEILING_DB, care_psnr
 from calibration.optics import Optics, blur, psf
 from calibration.publish import publish
 from calibration.simulate import Camera, expose, nuclei
-from calibration.train import Settings, train
+from calibration.train import CHECKPOINT, SETTINGS, Settings, read_settings, train
 from engine.package import Package, load, read_golden
 from engine.runtimes.openvino import OpenVino
 from refocus.cli.main import main
 from refocus.errors import PackageError, SettingsError
 
 Z_UM = [-4.0, 0.0, 2.0]
+TINY = Settings(steps=2, batch=2, objectives=4, specimens=5, threads=1)
 
 
 def row(stack: str, field: str, gain: float, blur_gain: float = 0.0) -> Row:
@@ -65,8 +67,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def training(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run")
-    train(data, out, Settings(steps=2, batch=2, objectives=4, specimens=5, threads=1))
+    train(data, out, TINY)
     return out
+
+
+def copied(training: Path, folder: Path, **changes: object) -> Path:
+    """The training with other settings beside its checkpoint."""
+    folder.mkdir()
+    (folder / CHECKPOINT).write_bytes((training / CHECKPOINT).read_bytes())
+    settings = json.loads((training / SETTINGS).read_bytes()) | changes
+    (folder / SETTINGS).write_text(json.dumps(settings))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +93,12 @@ def test_a_published_package_says_where_it_comes_from(package: Package, data: Pa
     manifest = load(package.folder).manifest
     assert manifest.name == "tiny"
     assert manifest.training.command == (
-        "refocus train --data DATA --out OUT --steps 2 --threads 1"
+        "refocus train --data DATA --out OUT --steps 2 "
+        "--batch 2 --objectives 4 --specimens 5 --threads 1"
     )
+    assert manifest.training.notes["settings"] == msgspec.structs.asdict(TINY)
+    assert manifest.training.notes["refocus"] == version("refocus")
+    assert "length" not in manifest.training.notes
     assert len(manifest.training.files) == 2 + 1
     assert {file.licence for file in manifest.training.files} == {"CC0-1.0", "MIT"}
     assert set(manifest.metrics["through-focus"]) == {"all", "cells"}
@@ -93,12 +108,45 @@ def test_a_published_package_says_where_it_comes_from(package: Package, data: Pa
 def test_an_unfinished_training_is_not_published(
     data: Path, training: Path, tmp_path: Path
 ) -> None:
-    for name in ("checkpoint.safetensors", "settings.json"):
-        (tmp_path / name).write_bytes((training / name).read_bytes())
-    settings = json.loads((tmp_path / "settings.json").read_bytes()) | {"steps": 4}
-    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    half = copied(training, tmp_path / "half", steps=4)
     with pytest.raises(PackageError, match=r"at 50% of its schedule; .* --resume"):
-        publish(tmp_path, data, tmp_path / "package", "tiny", "0.1")
+        publish(half, data, tmp_path / "package", "tiny", "0.1")
+
+
+def test_a_training_that_no_command_repeats_is_not_published(
+    data: Path, training: Path, tmp_path: Path
+) -> None:
+    other = copied(training, tmp_path / "other", muon_rate=0.01, clip_norm=2.0)
+    with pytest.raises(PackageError, match=r"muon_rate = 0\.01, clip_norm = 2\.0, for which"):
+        publish(other, data, tmp_path / "package", "tiny", "0.1")
+
+
+def test_a_training_by_the_clock_is_published_as_such(
+    data: Path, training: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "tqdm" in sys.modules:
+        monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)
+    timed = copied(training, tmp_path / "timed", steps=None, minutes=1e-4)
+    found = publish(timed, data, tmp_path / "package", "tiny", "0.1", note="by hand")
+    notes = found.manifest.training.notes
+    assert notes["length"].startswith("The schedule followed a clock of 0.0001 minutes")
+    assert notes["settings"]["minutes"] == 1e-4
+    assert notes["note"] == "by hand"
+    assert "--steps 2 " in found.manifest.training.command
+
+
+def test_a_package_is_not_overwritten_nor_computed_for_nothing(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(PackageError, match="exists; choose another --out"):
+        publish(tmp_path / "no training", data, tmp_path, "tiny", "0.1")
+
+
+def test_the_command_in_the_manifest_trains_with_the_same_settings(
+    package: Package, data: Path, tmp_path: Path
+) -> None:
+    command = package.manifest.training.command
+    words = command.replace("DATA", str(data)).replace("OUT", str(tmp_path / "again")).split()
+    assert main(words[1:]) == 0
+    assert read_settings(tmp_path / "again") == TINY
 
 
 def test_every_plane_is_held_against_the_one_in_focus(package: Package, data: Path) -> None:

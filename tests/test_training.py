@@ -1,6 +1,7 @@
 """Training: pairs, losses, checkpoints, and that a training can be stopped and gone on with."""
 
 import csv
+import math
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -16,6 +17,7 @@ from calibration.objectives import CROP_PX, Bank, build_bank, training_range
 from calibration.simulate import nuclei
 from calibration.train import Settings, resume, train
 from calibration.weights import load_average
+from refocus.cli.main import main
 from refocus.errors import PackageError, SettingsError
 
 TINY = Settings(steps=6, batch=2, objectives=4, specimens=5, threads=1)
@@ -150,6 +152,41 @@ def test_a_length_is_minutes_or_steps() -> None:
     for wrong in ({}, {"minutes": 1.0, "steps": 1}):
         with pytest.raises(SettingsError, match="--minutes or --steps"):
             Settings(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"steps": 0}, "--steps must be at least 1, got 0"),
+        ({"steps": -3}, "--steps must be at least 1, got -3"),
+        ({"minutes": 0.0}, "--minutes must be above 0"),
+        ({"minutes": -1.0}, "--minutes must be above 0"),
+        ({"minutes": math.nan}, "--minutes must be above 0"),
+        ({"steps": 1, "threads": 0}, "--threads must be at least 1"),
+        ({"steps": 1, "seed": -1}, "--seed must be at least 0"),
+    ],
+)
+def test_a_training_that_would_do_nothing_is_refused(wrong: dict[str, float], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        Settings(**wrong)
+
+
+def test_the_command_refuses_it_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "run")]
+    assert main(["train", "--data", str(tmp_path), *out, "--minutes", "0"]) == 2
+    assert "--minutes must be above 0" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option", [("--seed", "1"), ("--threads", "2"), ("--device", "cpu")])
+def test_a_resumed_training_takes_no_other_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: tuple[str, str]
+) -> None:
+    command = ["train", "--data", str(tmp_path), "--out", str(tmp_path), "--resume", *option]
+    assert main(command) == 2
+    assert f"leave out {option[0]}" in capsys.readouterr().err
 
 
 def test_training_learns(sources: Sources, bank: Bank) -> None:

@@ -6,7 +6,8 @@ with one residual block a level and side. What it leaves out is on purpose:
 - no normalisation layer: a plane's answer must not depend on what else is in the plane, or tiles
   would differ from wholes and a bright cell would change its neighbours;
 - no bias: f(a x) = a f(x) for a > 0, so the answer scales with the exposure and noise levels never
-  trained on are handled like those that were (Mohan et al. 2020);
+  trained on are handled like those that were (Mohan et al. 2020). Nearly so: SMALLEST is absolute,
+  which shows only in corrections that are hardly larger than it;
 - the network adds to its input, and its last layer starts at zero: untrained, it changes nothing;
 - what it adds is bounded by a permit p that it gives itself, c p / (p + |c|). Where the permit is
   zero a pixel passes as it came, exactly: a sum that must cancel to nothing is never quite nothing,

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from refocus.errors import SettingsError
+
 if TYPE_CHECKING:
     from calibration.evaluate import Summary
 
@@ -22,14 +24,23 @@ def register(subparsers: Any) -> None:
     length.add_argument("--minutes", type=float, metavar="N", help="train for N minutes")
     length.add_argument("--steps", type=int, metavar="N", help="train for N steps")
     length.add_argument("--resume", action="store_true", help="go on with the training in --out")
-    train.add_argument("--seed", type=int, default=0, help="of everything drawn (default: 0)")
+    # No defaults here: what is not given is what `calibration.train.Settings` says, and --resume
+    # must see what was given.
+    train.add_argument("--seed", type=int, metavar="N", help="of everything drawn (default: 0)")
     train.add_argument(
         "--threads",
         type=int,
-        default=2,
+        metavar="N",
         help="of a CPU; one is faster where others use the cores, too (default: 2)",
     )
-    train.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    train.add_argument("--device", help="cpu or cuda (default: cpu)")
+    train.add_argument("--batch", type=int, metavar="N", help="pairs a step (default: 16)")
+    train.add_argument(
+        "--objectives", type=int, metavar="N", help="drawn at random at the start (default: 1000)"
+    )
+    train.add_argument(
+        "--specimens", type=int, metavar="N", help="simulated at the start (default: 300)"
+    )
     train.set_defaults(run=run_train)
 
     evaluate: argparse.ArgumentParser = subparsers.add_parser(
@@ -61,18 +72,18 @@ def register(subparsers: Any) -> None:
 
 def run_train(arguments: argparse.Namespace) -> int:
     """Train to the end of the schedule."""
-    from calibration.train import Settings, resume, train
+    from calibration.train import OPTIONS, Settings, resume, train
 
+    given = {key: value for key in OPTIONS if (value := getattr(arguments, key)) is not None}
     if arguments.resume:
+        if given:
+            raise SettingsError(
+                f"train: with --resume the settings in {arguments.out} rule; "
+                f"leave out {', '.join(f'--{key}' for key in given)}"
+            )
         checkpoint = resume(arguments.data, arguments.out)
     else:
-        settings = Settings(
-            minutes=arguments.minutes,
-            steps=arguments.steps,
-            seed=arguments.seed,
-            threads=arguments.threads,
-            device=arguments.device,
-        )
+        settings = Settings(minutes=arguments.minutes, steps=arguments.steps, **given)
         checkpoint = train(arguments.data, arguments.out, settings)
     print(f"trained: {checkpoint}")
     return 0
