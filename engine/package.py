@@ -28,8 +28,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from dataclasses import field as dataclass_field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -111,19 +110,19 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """sha256 of every other file of the package; `write` fills it in."""
 
     def __post_init__(self) -> None:
-        for label in ("name", "version"):  # both go into a TIFF tag, which is ASCII
-            if not _NAME.fullmatch(text := getattr(self, label)):
-                raise ValueError(f"{label} must match {_NAME.pattern}, got {text!r}")
+        for key in ("name", "version"):  # both go into a TIFF tag, which is ASCII
+            if not _NAME.fullmatch(text := getattr(self, key)):
+                raise ValueError(f"{key} must match {_NAME.pattern}, got {text!r}")
         if self.stride < 1:
             raise ValueError(f"stride must be at least 1, got {self.stride}")
         if self.halo_px < 0 or self.halo_px % self.stride:
             raise ValueError(
                 f"halo_px must be a multiple of the stride {self.stride}, got {self.halo_px}"
             )
-        for field in ("pixel_um", "defocus_um", "defocus_dof"):
-            lowest, highest = getattr(self, field)
+        for key in ("pixel_um", "defocus_um", "defocus_dof"):
+            lowest, highest = getattr(self, key)
             if not (math.isfinite(highest) and 0 <= lowest <= highest):
-                raise ValueError(f"{field} must be [lowest, highest], got [{lowest}, {highest}]")
+                raise ValueError(f"{key} must be [lowest, highest], got [{lowest}, {highest}]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +133,7 @@ class Package:
     manifest: Manifest
     hash: str
     """sha256 of manifest.json."""
-    generator: bytes = dataclass_field(repr=False)
+    generator: bytes = field(repr=False)
     """The float32 master, an ONNX file, as it was when its hash was checked."""
 
 
