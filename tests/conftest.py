@@ -3,11 +3,15 @@
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+
+from engine.package import Package
+from tests import identity_package
+from tests.branch import Branch, settings
 
 GRACE_S = 5.0
 """What is on its way out may take so long; what is still there afterwards has leaked."""
@@ -48,3 +52,17 @@ def data() -> Path:
     if not folder:
         pytest.skip("REFOCUS_DATA is not set: no real image data here")
     return Path(folder)
+
+
+@pytest.fixture
+def branch(tmp_path: Path) -> Iterator[Callable[..., Branch]]:
+    opened: list[Branch] = []
+
+    def open_branch(package: Package | None = None, **engine: int) -> Branch:
+        package = package or identity_package.make(tmp_path / "negated", answer="negated")
+        opened.append(Branch(settings(package, **engine), tmp_path / f"run{len(opened)}"))
+        return opened[-1]
+
+    yield open_branch
+    for one in opened:
+        one.close()
