@@ -12,7 +12,7 @@ One map is derived per run and channel from its first non-empty planes, frozen, 
 run and used again bit for bit by everything that refocuses that run later. Never per frame (a
 time-lapse would flicker), never per tile (tiles would show).
 
-The generators are bias-free, hence homogeneous: the network's answer scales with its input. The
+The generators are bias-free, hence nearly homogeneous: the network's answer scales with its input. The
 exact scale therefore only keeps FP16 in range; it is the offset that the network can see.
 """
 
