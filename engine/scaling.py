@@ -1,4 +1,4 @@
-"""Camera counts <-> the network's range: one truth for training and for running (numpy only).
+"""Camera counts <-> the network's range: one rule for all that runs a generator (numpy only).
 
 The rule: counts map to ``(counts - offset) / scale`` where *offset* is the median and *scale* the
 distance from the median to the 99.9th percentile, or to the 0.1th where that is farther (stained
@@ -12,8 +12,10 @@ One map is derived per run and channel from its first non-empty planes, frozen, 
 run and used again bit for bit by everything that refocuses that run later. Never per frame (a
 time-lapse would flicker), never per tile (tiles would show).
 
-The generators are bias-free, hence nearly homogeneous: the network's answer scales with its input. The
-exact scale therefore only keeps FP16 in range; it is the offset that the network can see.
+The generators are bias-free, hence nearly homogeneous: the network's answer scales with its input.
+The exact scale therefore only keeps FP16 in range; it is the offset that the network can see.
+Training draws offset and scale around what this rule gives for whole planes
+(`calibration.dataset`).
 """
 
 from collections.abc import Sequence
@@ -27,7 +29,7 @@ from refocus.errors import RejectedError
 from refocus.frame import Pixels
 
 RULE = "median-to-p99.9"
-"""Name of the rule above. A model package names the rule it was trained with."""
+"""Name of the rule above. A model package names the rule it was trained for."""
 
 SAMPLE_PX = 200_000
 """Percentiles are taken over about this many pixels of a plane: 5 ms instead of 150 at 2048²."""
