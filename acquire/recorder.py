@@ -168,32 +168,40 @@ class Recorder:
             version=version("refocus"),
             settings=msgspec.to_builtins(self.settings),
         )
-        with interrupts_deferred(), contextlib.ExitStack() as closing:
-            self._run = RunWriter.create(self.out, info)
-            closing.callback(self._seal)
-            self._writing = Writing(self._run, self._intake, self._raw_failed, self._complain)
-            closing.callback(self._writing.join)
-            closing.callback(self._intake.close)
-            self._intake.start()
-            self.started = True
-            self._start_engine(closing)
-            closing.callback(self._intake.end)
+        with contextlib.ExitStack() as closing:
+            # Inside the stack: a Ctrl-C that came meanwhile is raised where the run still closes.
+            with interrupts_deferred():
+                self._run = RunWriter.create(self.out, info)
+                closing.callback(self._seal)
+                self._writing = Writing(self._run, self._intake, self._raw_failed, self._complain)
+                closing.callback(self._writing.join)
+                closing.callback(self._intake.close)
+                self._intake.start()
+                closing.callback(self._end_branch)
+                self.started = True
+                self._start_engine()
             self._closing = closing.pop_all()
         return self
 
-    def _start_engine(self, closing: contextlib.ExitStack) -> None:
+    def _start_engine(self) -> None:
         try:
             self._engine = start_engine(
                 self.settings, self._intake, self.out, self._expected_shape, self._complain
             )
-        except (PackageError, EngineError) as error:
+        except (PackageError, EngineError, OSError) as error:
             self._intake.no_engine = str(error)
             self._complain(f"recording raw only: {error}")
             return
         if self._engine is None:
             self._intake.no_engine = "refocusing is switched off ([engine] runtime = none)"
-        else:
-            closing.callback(self._engine.close)
+
+    def _end_branch(self) -> None:
+        """Every image is handed on first, so that the link answers for all that it was given."""
+        try:
+            self._intake.end()
+        finally:
+            if self._engine is not None:
+                self._engine.close()
 
     def __exit__(
         self,

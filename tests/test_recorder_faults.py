@@ -234,3 +234,34 @@ def test_ctrl_c_while_a_run_is_closed_closes_it(tmp_path: Path, presses: int) ->
     assert run.counts.saved == 1
     assert run.counts.unanswered == 0
     assert run.notes.seal is not None
+
+
+def test_a_branch_that_cannot_even_begin_costs_the_refocusing_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("acquire.recorder.start_engine", full)
+    with recorder(tmp_path / "run", settings("x")) as r:
+        r.hook(plane(), {"Axes": {"time": 0}})
+    assert r.status().state == "complete"
+    assert "No space left" in r.trouble[0]
+
+
+@pytest.mark.parametrize("what", [RuntimeError, KeyboardInterrupt])
+def test_a_recorder_that_cannot_be_entered_leaves_nothing_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: type[BaseException]
+) -> None:
+    """A thread left behind would keep the user's process alive; conftest looks for it."""
+
+    def fail(*arguments: object) -> None:
+        if what is KeyboardInterrupt:
+            signal.raise_signal(signal.SIGINT)
+        else:
+            raise what
+
+    monkeypatch.setattr("acquire.recorder.start_engine", fail)
+    with pytest.raises(what), recorder(tmp_path / "run", settings("x")):
+        pass
+    assert open_run(tmp_path / "run").notes.seal is not None
