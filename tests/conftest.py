@@ -1,5 +1,6 @@
 """No thread and no process outlives a test; the data folder comes from REFOCUS_DATA."""
 
+import gc
 import os
 import threading
 import time
@@ -27,6 +28,13 @@ def nothing_left_behind() -> Iterator[None]:
     while (left := _left(threads, processes)) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not left, f"left behind: {left}"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def native_objects_die_where_they_were_made() -> Iterator[None]:
+    """OpenVINO's objects belong to one thread: Python's collector must not free them on another."""
+    yield
+    gc.collect()
 
 
 def _left(threads: set[threading.Thread], processes: set[psutil.Process]) -> list[str]:

@@ -249,19 +249,34 @@ def test_a_branch_that_cannot_even_begin_costs_the_refocusing_not_the_run(
     assert "No space left" in r.trouble[0]
 
 
-@pytest.mark.parametrize("what", [RuntimeError, KeyboardInterrupt])
 def test_a_recorder_that_cannot_be_entered_leaves_nothing_running(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: type[BaseException]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A thread left behind would keep the user's process alive; conftest looks for it."""
 
     def fail(*arguments: object) -> None:
-        if what is KeyboardInterrupt:
-            signal.raise_signal(signal.SIGINT)
-        else:
-            raise what
+        raise RuntimeError("no")
 
     monkeypatch.setattr("acquire.recorder.start_engine", fail)
-    with pytest.raises(what), recorder(tmp_path / "run", settings("x")):
+    with pytest.raises(RuntimeError), recorder(tmp_path / "run", settings("x")):
         pass
+    assert open_run(tmp_path / "run").notes.seal is not None
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_ctrl_c_while_a_recorder_is_entered_closes_the_run(tmp_path: Path) -> None:
+    script = textwrap.dedent(
+        """
+        import signal, sys
+        import acquire.recorder
+        from acquire.header import UNKNOWN
+        acquire.recorder.start_engine = lambda *_: signal.raise_signal(signal.SIGINT)
+        with acquire.recorder.Recorder(out=sys.argv[1], read_hardware=lambda event: UNKNOWN):
+            print("entered")
+        """
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert "KeyboardInterrupt" in done.stderr
+    assert "entered" not in done.stdout
     assert open_run(tmp_path / "run").notes.seal is not None
