@@ -3,7 +3,9 @@
 RefocusError
 ├── SettingsError      a setting or argument is wrong               (exit 2)
 ├── RunError           a run on disk cannot be made, opened or read (exit 1)
-│   └── StuckError     a thread of Micro-Manager's never ends: leave by os._exit
+│   ├── StuckError     a thread of Micro-Manager's never ends: leave by os._exit
+│   ├── DiskError      the disk is, or would be, too full for the run (exit 3)
+│   └── LockedError    the run has another writer                    (exit 4)
 ├── PackageError       a model package is missing, altered or unfit (exit 2)
 ├── WireError          a message between link and worker is malformed
 ├── RejectedError      this plane is not ours to refocus: the reason is its text
@@ -32,6 +34,18 @@ class RunError(RefocusError):
 
 class StuckError(RunError):
     """A thread of Micro-Manager's hangs. Python waits for it for ever: leave with os._exit."""
+
+
+class DiskError(RunError):
+    """The disk has no room for the run, or came down to the reserve while it was written."""
+
+    exit_code = 3
+
+
+class LockedError(RunError):
+    """Another process writes this run."""
+
+    exit_code = 4
 
 
 class PackageError(RefocusError):

@@ -16,7 +16,7 @@ import time
 from io import FileIO
 from pathlib import Path
 
-from refocus.errors import RunError
+from refocus.errors import LockedError
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class WriterLock:
     """Exclusive lock on a file; released by `release`, or by the end of the process."""
 
     def __init__(self, path: Path) -> None:
-        """Raise RunError where another writer, in this process or another, holds the lock."""
+        """Raise LockedError where another writer, in this process or another, holds the lock."""
         self._file = path.open("ab", buffering=0)
         try:
             taken = _take(self._file)
@@ -46,7 +46,7 @@ class WriterLock:
             return
         if not taken:
             self._file.close()
-            raise RunError(f"{path}: this run has another writer; wait for it or stop it")
+            raise LockedError(f"{path}: this run has another writer; wait for it or stop it")
 
     def release(self) -> None:
         """Give the lock back. A second call does nothing."""
