@@ -12,11 +12,10 @@ Promises:
 All calls come from one thread. Readers may open the run at any moment (store/reader.py).
 """
 
-import math
+import contextlib
 import shutil
 import time
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -25,21 +24,10 @@ from refocus.errors import RunError
 from refocus.frame import Frame, FrameHeader, Pixels, RawOutcome, RefocusOutcome
 from refocus.status import Counts
 from store.images import Images
-from store.journal import (
-    EventLine,
-    FrameLine,
-    GeneratorLine,
-    Journal,
-    PairLine,
-    ReasonLine,
-    RunLine,
-    ScalingLine,
-    SealLine,
-    plain,
-    plain_tags,
-)
+from store.journal import FrameLine, Journal, PairLine, plain, plain_tags
 from store.layout import Pair, Place, Placer, RunInfo, journal_dir
-from store.records import MAX_CLIPPED, Kind, Record, count, crc32c
+from store.outcomes import Outcomes
+from store.records import MAX_CLIPPED, Kind, Record, crc32c
 
 
 class Provenance(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,11 +50,7 @@ class RunWriter:
         self._placer = Placer(pixel_um)
         self._images = Images(path, self._placer.pairs)
         self._channels_told: dict[int, int] = {}  # pair -> channels of its last PairLine
-        self._raw: dict[int, Place | None] = {}  # seq -> where it is SAVED, None where it FAILED
-        self._refocus: dict[int, RefocusOutcome] = {}
-        self._tally: Counter[tuple[int, int]] = Counter()
-        self._reasons: dict[str, int] = {}
-        self._generators: dict[tuple[str, str], int] = {}
+        self._outcomes = Outcomes(journal)
 
     @classmethod
     def create(cls, path: Path, info: RunInfo) -> "RunWriter":
@@ -90,19 +74,17 @@ class RunWriter:
         Whatever goes wrong is journalled as FAILED and raised as RunError.
         """
         seq = frame.header.seq
-        if seq in self._raw:
+        if seq in self._outcomes.raw:
             raise RunError(f"frame {seq}: has a raw outcome already; each seq is written once")
         try:
             header, pair, place = self._place(frame, tags)
             stored = self._images.write_raw(pair, place, header, frame.pixels)
             self._tell_pair(pair)
-            self._journal.acknowledge(_saved(seq, Kind.RAW, RawOutcome.SAVED, place, stored))
+            self._outcomes.acknowledge(_saved(seq, Kind.RAW, RawOutcome.SAVED, place, stored))
         except Exception as error:  # whatever it was, no frame may vanish unbooked
-            self._fail_raw(seq, _reason(error))
+            self._outcomes.fail_raw(seq, _reason(error))
             raise RunError(f"frame {seq}: not saved: {_describe(error)}") from error
         pair.take(place)
-        self._raw[seq] = place
-        self._tally[Kind.RAW, RawOutcome.SAVED] += 1
         return header
 
     def write_refocused(self, seq: int, pixels: Pixels, made: Provenance) -> None:
@@ -110,7 +92,7 @@ class RunWriter:
 
         Whatever goes wrong with the plane is journalled as FAILED and raised as RunError.
         """
-        place = self._raw.get(seq)
+        place = self._outcomes.raw.get(seq)
         if place is None:
             raise RunError(
                 f"frame {seq}: its raw plane is not saved; there is nothing to put a twin to"
@@ -125,7 +107,7 @@ class RunWriter:
                 )
             stored = self._images.write_refocused(place, pixels)
             record = _saved(seq, Kind.REFOCUS, RefocusOutcome.REFOCUSED, place, stored)
-            self._journal.acknowledge(
+            self._outcomes.acknowledge(
                 record._replace(
                     latency_ns=made.latency_ns,
                     clipped=min(made.clipped, MAX_CLIPPED),
@@ -133,55 +115,40 @@ class RunWriter:
                 )
             )
         except Exception as error:  # whatever it was, it ends in an outcome
-            self.book_refocus(seq, RefocusOutcome.FAILED, _reason(error))
+            self._outcomes.answer(seq, RefocusOutcome.FAILED, _reason(error))
             raise RunError(f"frame {seq}: refocused plane not saved: {_describe(error)}") from error
-        self._set_refocus(seq, RefocusOutcome.REFOCUSED)
 
     def book_refocus(self, seq: int, outcome: RefocusOutcome, reason: str) -> None:
         """Journal why a frame has no twin. Booking over a twin that is on disk raises RunError."""
         if outcome == RefocusOutcome.REFOCUSED:
             raise RunError(f"frame {seq}: REFOCUSED is booked by write_refocused, with the plane")
         self._require_open_answer(seq)
-        self._journal.book(self._without_plane(seq, Kind.REFOCUS, outcome, reason))
-        self._set_refocus(seq, outcome)
+        self._outcomes.answer(seq, outcome, reason)
 
     def book_raw_failed(self, seq: int, reason: str) -> None:
         """Journal that a frame's own pixels were lost before they came here."""
-        if seq in self._raw:
+        if seq in self._outcomes.raw:
             raise RunError(f"frame {seq}: has a raw outcome already; each seq is booked once")
-        self._fail_raw(seq, reason)
+        self._outcomes.fail_raw(seq, reason)
 
     def note_scaling(self, channel: str, offset: float, scale: float) -> None:
         """Write down the frozen scaling of a channel: network = (counts - offset) / scale."""
-        if not (math.isfinite(offset) and math.isfinite(scale) and scale > 0):
-            raise RunError(f"scaling of {channel!r}: wanted finite numbers, got {offset}, {scale}")
-        self._line(ScalingLine(plain(channel), offset, scale))
+        with self._noting():
+            self._outcomes.note_scaling(channel, offset, scale)
 
     def note_generator(self, package_hash: str, name: str, version: str, runtime: str) -> int:
         """Write down a generator in a runtime; returns its number for `Provenance`."""
-        known = self._generators.get((package_hash, runtime))
-        if known is not None:
-            return known
-        number = len(self._generators) + 1
-        self._line(
-            GeneratorLine(
-                number=number,
-                package_hash=package_hash,
-                name=name,
-                version=version,
-                runtime=runtime,
-            )
-        )
-        self._generators[package_hash, runtime] = number
-        return number
+        with self._noting():
+            return self._outcomes.note_generator(package_hash, name, version, runtime)
 
     def note_event(self, kind: str, **fields: object) -> None:
         """Write down something that happened beside the frames: a worker died, restarted, ..."""
-        self._line(EventLine(time.time_ns(), kind, plain(fields)))
+        with self._noting():
+            self._outcomes.note_event(kind, fields)
 
     def counts(self) -> Counts:
         """Outcomes so far, by the last record of every frame."""
-        return count(self._tally)
+        return self._outcomes.counts()
 
     def close(self, *, complete: bool, expected_frames: int | None, note: str = "") -> Counts:
         """Seal the run: cut shapes to what is there, write the seal, give the lock back.
@@ -194,15 +161,7 @@ class RunWriter:
         try:
             self._journal.settle()
             self._images.finish()
-            seal = SealLine(
-                wall_ns=time.time_ns(),
-                complete=complete and self._adds_up(expected_frames),
-                expected_frames=expected_frames,
-                saved=counts.saved,
-                failed=counts.failed,
-                note=plain(note),
-            )
-            self._journal.line(seal)
+            self._outcomes.seal(complete=complete, expected_frames=expected_frames, note=note)
         except OSError as error:
             raise RunError(
                 f"{self.path}: not sealed ({_describe(error)}); it is incomplete"
@@ -210,11 +169,6 @@ class RunWriter:
         finally:
             self._journal.close()
         return counts
-
-    def _adds_up(self, expected_frames: int | None) -> bool:
-        received = max(self._raw, default=-1) + 1
-        wanted = received if expected_frames is None else expected_frames
-        return received == wanted == len(self._raw) and None not in self._raw.values()
 
     def _place(self, frame: Frame, tags: Mapping[str, object]) -> tuple[FrameHeader, Pair, Place]:
         """Check a frame, give it its slot, and write its line."""
@@ -247,34 +201,14 @@ class RunWriter:
         self._journal.line(line)
         self._channels_told[pair.number] = len(pair.channel_names)
 
-    def _fail_raw(self, seq: int, reason: str) -> None:
-        self._journal.book(self._without_plane(seq, Kind.RAW, RawOutcome.FAILED, reason))
-        self._raw[seq] = None
-        self._tally[Kind.RAW, RawOutcome.FAILED] += 1
-
-    def _without_plane(self, seq: int, kind: Kind, outcome: int, reason: str) -> Record:
-        number = self._reasons.get(reason, len(self._reasons) + 1)
-        if reason not in self._reasons:
-            try:
-                self._journal.line(ReasonLine(number, plain(reason)))
-                self._reasons[reason] = number
-            except OSError:  # the outcome counts more than its reason
-                number = 0
-        return Record(seq, time.time_ns(), reason=number, kind=kind, outcome=outcome)
-
-    def _set_refocus(self, seq: int, outcome: RefocusOutcome) -> None:
-        if seq in self._refocus:
-            self._tally[Kind.REFOCUS, self._refocus[seq]] -= 1
-        self._refocus[seq] = outcome
-        self._tally[Kind.REFOCUS, outcome] += 1
-
     def _require_open_answer(self, seq: int) -> None:
-        if self._refocus.get(seq) == RefocusOutcome.REFOCUSED:
+        if self._outcomes.refocus.get(seq) == RefocusOutcome.REFOCUSED:
             raise RunError(f"frame {seq}: its refocused twin is on disk; it is never written again")
 
-    def _line(self, line: RunLine) -> None:
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[None]:
         try:
-            self._journal.line(line)
+            yield
         except OSError as error:
             raise RunError(
                 f"{self.path}: the journal takes no line ({_describe(error)})"
