@@ -67,9 +67,9 @@ class Outcomes:
         """Book that a frame's own pixels are not on disk, now or as soon as the disk takes it."""
         self._book(seq, Kind.RAW, RawOutcome.FAILED, reason)
 
-    def answer(self, seq: int, outcome: RefocusOutcome, reason: str) -> None:
+    def answer(self, seq: int, outcome: RefocusOutcome, reason: str, generator: int = 0) -> None:
         """Book why a frame has no twin, now or as soon as the disk takes it."""
-        self._book(seq, Kind.REFOCUS, outcome, reason)
+        self._book(seq, Kind.REFOCUS, outcome, reason, generator)
 
     def note_scaling(self, channel: str, offset: float, scale: float) -> None:
         """Write down the frozen scaling of a channel. Raises RunError, OSError."""
@@ -124,9 +124,15 @@ class Outcomes:
         wanted = received if expected_frames is None else expected_frames
         return received == wanted == len(self.raw) and None not in self.raw.values()
 
-    def _book(self, seq: int, kind: Kind, outcome: int, reason: str) -> None:
-        number = self._number_of(reason)
-        record = Record(seq, time.time_ns(), reason=number, kind=kind, outcome=outcome)
+    def _book(self, seq: int, kind: Kind, outcome: int, reason: str, generator: int = 0) -> None:
+        record = Record(
+            seq,
+            time.time_ns(),
+            generator=generator,
+            reason=self._number_of(reason),
+            kind=kind,
+            outcome=outcome,
+        )
         self._journal.book(record)
         self._remember(record)
 

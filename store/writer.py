@@ -9,13 +9,19 @@ Promises:
   disk: an outcome that could not even be booked is booked as soon as the disk takes it, at the
   latest in `close`.
 
+A plane may also be `put`: the call returns while the disk still takes the plane, so that the next
+one can be seen to meanwhile. It is acknowledged, or booked FAILED, by the time that `settle`
+returns. At most PUT_AHEAD planes are on their way.
+
 All calls come from one thread. Readers may open the run at any moment (store/reader.py).
 """
 
 import contextlib
 import shutil
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -23,11 +29,16 @@ import msgspec
 from refocus.errors import RunError
 from refocus.frame import Frame, FrameHeader, Pixels, RawOutcome, RefocusOutcome
 from refocus.status import Counts
-from store.images import Images
+from store.durable import Durability
+from store.images import Images, Put
 from store.journal import FrameLine, Journal, PairLine, plain, plain_tags
 from store.layout import Pair, Place, Placer, RunInfo, journal_dir
 from store.outcomes import Outcomes
 from store.records import MAX_CLIPPED, Kind, Record, crc32c
+
+
+PUT_AHEAD = 2
+"""Planes on their way to the disk: one is being written, the next one is ready."""
 
 
 class Provenance(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,20 +52,46 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True):
     """Pixels that fell outside the dtype's range."""
 
 
+@dataclass(eq=False)
+class Pending:
+    """A plane that was put: not settled yet, acknowledged (no error), or FAILED."""
+
+    record: Record
+    header: FrameHeader | None
+    """Of a raw frame, with its segment."""
+    pair: Pair
+    place: Place
+    put: Put
+    settled: bool = False
+    error: RunError | None = None
+
+
 class RunWriter:
     """One run while it is written. Made by `create`, ended by `close`."""
 
-    def __init__(self, path: Path, journal: Journal, pixel_um: float | None) -> None:
+    def __init__(
+        self, path: Path, journal: Journal, pixel_um: float | None, stack_planes: int | None
+    ) -> None:
         self.path = path
         self._journal = journal
         self._placer = Placer(pixel_um)
-        self._images = Images(path, self._placer.pairs)
+        self._durability = Durability(journal.files, lambda: journal.count)
+        for folder in (path.parent, path, journal_dir(path)):
+            self._durability.changed(folder)
+        self._images = Images(path, self._placer.pairs, stack_planes, self._durability.changed)
+        self._pending: deque[Pending] = deque()
         self._channels_told: dict[int, int] = {}  # pair -> channels of its last PairLine
         self._outcomes = Outcomes(journal)
+        self._marked = 0  # what the journal's last mark says is durable
+        self._durability.start()
 
     @classmethod
-    def create(cls, path: Path, info: RunInfo) -> "RunWriter":
-        """Start a run in a new folder. Raises RunError where *path* exists: it stays untouched."""
+    def create(cls, path: Path, info: RunInfo, *, stack_planes: int | None = None) -> "RunWriter":
+        """Start a run in a new folder. Raises RunError where *path* exists: it stays untouched.
+
+        *stack_planes*: planes along z that come one after the other, 1 where time is the fastest
+        axis; None: not known. Any order can be written; this one is written to the fewest files.
+        """
         try:
             path.mkdir(parents=True)
             try:
@@ -66,64 +103,90 @@ class RunWriter:
             raise RunError(f"{path}: exists already; give a folder that does not") from error
         except OSError as error:
             raise RunError(f"{path}: a run cannot be made here ({_describe(error)})") from error
-        return cls(path, journal, info.pixel_um)
+        return cls(path, journal, info.pixel_um, stack_planes)
 
     def write_raw(self, frame: Frame, tags: Mapping[str, object]) -> FrameHeader:
         """Place a frame, store its plane and acknowledge it; returns its header with the segment.
 
         Whatever goes wrong is journalled as FAILED and raised as RunError.
         """
-        seq = frame.header.seq
-        if seq in self._outcomes.raw:
-            raise RunError(f"frame {seq}: has a raw outcome already; each seq is written once")
-        try:
-            header, pair, place = self._place(frame, tags)
-            stored = self._images.write_raw(pair, place, header, frame.pixels)
-            self._tell_pair(pair)
-            self._outcomes.acknowledge(_saved(seq, Kind.RAW, RawOutcome.SAVED, place, stored))
-        except Exception as error:  # whatever it was, no frame may vanish unbooked
-            self._outcomes.fail_raw(seq, _reason(error))
-            raise RunError(f"frame {seq}: not saved: {_describe(error)}") from error
-        pair.take(place)
-        return header
+        pending = self.put_raw(frame, tags)
+        self.settle()
+        if pending.error:
+            raise pending.error
+        assert pending.header is not None
+        return pending.header
 
     def write_refocused(self, seq: int, pixels: Pixels, made: Provenance) -> None:
         """Store the refocused twin of a saved frame, of raw's shape and dtype, and acknowledge it.
 
         Whatever goes wrong with the plane is journalled as FAILED and raised as RunError.
         """
+        pending = self.put_refocused(seq, pixels, made)
+        self.settle()
+        if pending.error:
+            raise pending.error
+
+    def put_raw(self, frame: Frame, tags: Mapping[str, object]) -> Pending:
+        """Begin to write a frame. What goes wrong at once is booked FAILED and raised."""
+        seq = frame.header.seq
+        if seq in self._outcomes.raw or any(p.record.seq == seq for p in self._pending):
+            raise RunError(f"frame {seq}: has a raw outcome already; each seq is written once")
+        try:
+            header, pair, place = self._place(frame, tags)
+            put = self._images.put_raw(pair, place, header, frame.pixels)
+            pair.take(place)
+            self._tell_pair(pair)
+        except Exception as error:  # whatever it was, no frame may vanish unbooked
+            self._outcomes.fail_raw(seq, _reason(error))
+            raise RunError(f"frame {seq}: not saved: {_describe(error)}") from error
+        record = _saved(seq, Kind.RAW, RawOutcome.SAVED, place, put.stored)
+        return self._follow(Pending(record, header, pair, place, put))
+
+    def put_refocused(self, seq: int, pixels: Pixels, made: Provenance) -> Pending:
+        """Begin to write the twin of a saved frame. What goes wrong at once is booked and raised."""
+        while any(p.record.seq == seq for p in self._pending):
+            self._settle_oldest()
         place = self._outcomes.raw.get(seq)
         if place is None:
             raise RunError(
                 f"frame {seq}: its raw plane is not saved; there is nothing to put a twin to"
             )
         self._require_open_answer(seq)
+        pair = self._placer.pairs[place.pair]
         try:
-            form = self._placer.pairs[place.pair].form
-            if pixels.shape != form.shape or pixels.dtype.name != form.dtype:
+            if pixels.shape != pair.form.shape or pixels.dtype.name != pair.form.dtype:
                 raise RunError(
                     f"refocused plane is {pixels.dtype} {pixels.shape}, "
-                    f"raw is {form.dtype} {form.shape}"
+                    f"raw is {pair.form.dtype} {pair.form.shape}"
                 )
-            stored = self._images.write_refocused(place, pixels)
-            record = _saved(seq, Kind.REFOCUS, RefocusOutcome.REFOCUSED, place, stored)
-            self._outcomes.acknowledge(
-                record._replace(
-                    latency_ns=made.latency_ns,
-                    clipped=min(made.clipped, MAX_CLIPPED),
-                    generator=made.generator,
-                )
-            )
+            put = self._images.put_refocused(place, pixels)
         except Exception as error:  # whatever it was, it ends in an outcome
             self._outcomes.answer(seq, RefocusOutcome.FAILED, _reason(error))
             raise RunError(f"frame {seq}: refocused plane not saved: {_describe(error)}") from error
+        record = _saved(seq, Kind.REFOCUS, RefocusOutcome.REFOCUSED, place, put.stored)._replace(
+            latency_ns=made.latency_ns,
+            clipped=min(made.clipped, MAX_CLIPPED),
+            generator=made.generator,
+        )
+        return self._follow(Pending(record, None, pair, place, put))
 
-    def book_refocus(self, seq: int, outcome: RefocusOutcome, reason: str) -> None:
-        """Journal why a frame has no twin. Booking over a twin that is on disk raises RunError."""
+    def settle(self) -> None:
+        """Wait until every plane that was put is acknowledged or booked FAILED."""
+        while self._pending:
+            self._settle_oldest()
+
+    def book_refocus(
+        self, seq: int, outcome: RefocusOutcome, reason: str, *, generator: int = 0
+    ) -> None:
+        """Journal why a frame has no twin, and which *generator* rejected it or failed, if one did.
+
+        Booking over a twin that is on disk raises RunError.
+        """
         if outcome == RefocusOutcome.REFOCUSED:
             raise RunError(f"frame {seq}: REFOCUSED is booked by write_refocused, with the plane")
         self._require_open_answer(seq)
-        self._outcomes.answer(seq, outcome, reason)
+        self._outcomes.answer(seq, outcome, reason, generator)
 
     def book_raw_failed(self, seq: int, reason: str) -> None:
         """Journal that a frame's own pixels were lost before they came here."""
@@ -157,18 +220,50 @@ class RunWriter:
         where known) has its raw plane, and none FAILED. Raises RunError where the seal could not be
         written; what was acknowledged is there all the same.
         """
+        self.settle()
         counts = self.counts()
         try:
             self._journal.settle()
             self._images.finish()
+            self._images.close()
+            self._durability.sync()
             self._outcomes.seal(complete=complete, expected_frames=expected_frames, note=note)
         except OSError as error:
             raise RunError(
                 f"{self.path}: not sealed ({_describe(error)}); it is incomplete"
             ) from error
         finally:
+            self._images.close()
+            self._durability.close()
             self._journal.close()
         return counts
+
+    def _follow(self, pending: Pending) -> Pending:
+        self._pending.append(pending)
+        while len(self._pending) > PUT_AHEAD:
+            self._settle_oldest()
+        return pending
+
+    def _settle_oldest(self) -> None:
+        pending = self._pending.popleft()
+        record = pending.record
+        try:
+            pending.put.done.result()
+            self._outcomes.acknowledge(record)
+        except Exception as error:  # whatever it was, no frame may vanish unbooked
+            if record.kind == Kind.RAW:
+                what = "not saved"
+                pending.pair.leave(pending.place)
+                self._outcomes.fail_raw(record.seq, _reason(error))
+            else:
+                what = "refocused plane not saved"
+                self._outcomes.answer(record.seq, RefocusOutcome.FAILED, _reason(error))
+            pending.error = RunError(f"frame {record.seq}: {what}: {_describe(error)}")
+            pending.error.__cause__ = error
+        pending.settled = True
+        if self._durability.durable > self._marked:
+            self._marked = self._durability.durable
+            self._journal.book(Record(self._marked, time.time_ns(), kind=Kind.DURABLE))
 
     def _place(self, frame: Frame, tags: Mapping[str, object]) -> tuple[FrameHeader, Pair, Place]:
         """Check a frame, give it its slot, and write its line."""
