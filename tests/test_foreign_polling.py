@@ -1,0 +1,79 @@
+"""Readers that poll while a run is written may refuse for a moment; they show no wrong pixel."""
+
+import contextlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from foreign_readers import LIBRARIES, Reader, library
+from foreign_run import Slot, Writer, further
+
+from refocus.frame import Pixels
+from store.layout import array_dir
+from store.reader import Run, open_run
+from store.records import NO_IMAGE, Kind
+
+
+def poll(path: Path, read: Reader, times: int) -> None:
+    """Read the newest planes and the next ones, over and over, while they are written."""
+    writer = Writer(path)
+    try:
+        writer.tell("go on")
+        for _ in range(20):
+            writer.hear()
+        refused = 0
+        for _ in range(times):
+            run = open_run(path)
+            refused += look(run, Kind.RAW, read) + look(run, Kind.REFOCUS, read)
+        assert refused <= times // 20
+    finally:
+        writer.kill()
+
+
+def look(run: Run, kind: Kind, read: Reader) -> int:
+    """Hold the newest plane of a kind, and the next one, against what is right.
+
+    Returns how often the reader refused the acknowledged plane (a shard's index while it is
+    replaced): it may say so and look again, as long as it shows nothing wrong.
+    """
+    *_, record = (found for found in run.records(kind) if found.image != NO_IMAGE)
+    last, coming = further(record.seq), further(record.seq + 1)
+    array, slot = array_dir(run.path, record.image), (record.t, record.c, record.z)
+    twin = kind == Kind.REFOCUS
+    wanted = last.picture(twin=twin)
+    ours = run.refocused(last.seq) if twin else run.raw(last.seq)
+    np.testing.assert_array_equal(ours, wanted, strict=True)
+    refused = 0
+    while (found := read_or_refuse(read, array, slot)) is None:
+        refused += 1
+        assert refused < 10, f"frame {last.seq} stays unreadable"
+    np.testing.assert_array_equal(found, wanted, strict=True)
+    found = read_or_refuse(read, array, (record.t + 1, record.c, record.z))
+    if found is not None and found.any():
+        assert coming.has_twin or not twin
+        np.testing.assert_array_equal(found, coming.picture(twin=twin), strict=True)
+    return refused
+
+
+def read_or_refuse(read: Reader, array: Path, slot: Slot) -> Pixels | None:
+    """A plane as another reader shows it; None where it says that it cannot."""
+    with contextlib.suppress(ValueError, IndexError):  # a torn index; outside the shape
+        return read(array, slot)
+    return None
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_reader_that_polls_a_live_run_shows_no_wrong_pixel(tmp_path: Path, name: str) -> None:
+    with library(name) as read:
+        poll(tmp_path / "run", read, times=40)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_reader_that_polls_live_runs_shows_no_wrong_pixel(tmp_path: Path, name: str) -> None:
+    with library(name) as read:
+        for number in range(20):
+            poll(tmp_path / str(number), read, times=200)
+            shutil.rmtree(tmp_path / str(number))
