@@ -7,17 +7,35 @@ Metadata that become known later (the z step with the second plane of a stack, t
 end) replace the earlier ones whole.
 
 A step that fails (a full disk) is done again for the next plane.
+
+Planes are put into their slots by a thread of their own, the lane, one after the other: while the
+disk takes one plane, the caller sees to the checksum of the next. Whatever else touches the arrays
+waits until the lane is empty, so nothing here needs a lock.
 """
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from refocus.frame import FrameHeader, Pixels
-from store import ome
-from store.layout import Pair, Place, array_dir, image_dir, replace_file
+from store import disk, ome
+from store.layout import Pair, Place, array_dir, image_dir, journal_dir
 from store.planes import PlaneArray
+from store.shards import Shards
 
 RAW, REFOCUSED = "raw", "refocused"
+GUESSED_STACK = 16
+"""Planes of a stack, where the first frame has a z and nobody said how many follow."""
+
+
+class Put(NamedTuple):
+    """A plane on its way into its slot."""
+
+    stored: Pixels
+    """As it will lie on disk."""
+    done: "Future[None]"
 
 
 @dataclass
@@ -52,23 +70,37 @@ class _PairOnDisk:
 class Images:
     """All image pairs of one run."""
 
-    def __init__(self, run: Path, placed: list[Pair]) -> None:
-        """*placed* are the pairs in order of appearance; the caller appends to it."""
+    def __init__(
+        self,
+        run: Path,
+        placed: list[Pair],
+        stack_planes: int | None,
+        on_change: Callable[[Path], None],
+    ) -> None:
+        """*placed* are the pairs in order of appearance; the caller appends to it.
+
+        *stack_planes*: planes along z that come one after the other; None: not known.
+        *on_change(path)*, from any thread, hears what is not durable as it is now.
+        """
         self._run = run
         self._placed = placed
+        self._stack_planes = stack_planes
+        self._on_change = on_change
+        self._shards = Shards(journal_dir(run), on_change)
         self._pairs: list[_PairOnDisk] = []
+        self._lane = ThreadPoolExecutor(1, thread_name_prefix="refocus-lane")
 
-    def write_raw(self, pair: Pair, place: Place, header: FrameHeader, pixels: Pixels) -> Pixels:
-        """Store a raw plane; returns it as stored. Raises OSError."""
-        on_disk = self._prepare(pair, header, pixels)
-        return on_disk.raw.write(place.t, place.c, place.z, pixels)
+    def put_raw(self, pair: Pair, place: Place, header: FrameHeader, pixels: Pixels) -> Put:
+        """Begin to store a raw plane. Raises OSError; what goes wrong later is for the result."""
+        return self._put(self._prepare(pair, header, pixels).raw, place, pixels)
 
-    def write_refocused(self, place: Place, pixels: Pixels) -> Pixels:
-        """Store the twin of a raw plane that is there; returns it as stored. Raises OSError."""
-        return self._pairs[place.pair].refocused.write(place.t, place.c, place.z, pixels)
+    def put_refocused(self, place: Place, pixels: Pixels) -> Put:
+        """Begin to store the twin of a raw plane that is there."""
+        return self._put(self._pairs[place.pair].refocused, place, pixels)
 
     def finish(self) -> None:
         """Cut all shapes to what is there and write the final metadata. Raises OSError."""
+        self._drain()
         for on_disk in self._pairs:
             extent = on_disk.pair.extent
             on_disk.raw.trim(*extent)
@@ -78,6 +110,27 @@ class Images:
         if self._pairs:
             self._save_lists()
 
+    def close(self) -> None:
+        """End the lane and close all files."""
+        self._lane.shutdown()
+        self._shards.close()
+
+    def _put(self, array: PlaneArray, place: Place, pixels: Pixels) -> Put:
+        stored = array.stored(pixels)
+        done = self._lane.submit(array.write, place.t, place.c, place.z, stored)
+        grid = array.grid
+        if grid is not None and grid.slot(place.t, place.z) == grid.slots // 2:
+            self._lane.submit(array.prepare_next, place.t, place.c, place.z)
+        return Put(stored, done)
+
+    def _drain(self) -> None:
+        self._lane.submit(lambda: None).result()
+
+    def _save(self, path: Path, content: bytes) -> None:
+        disk.replace_file(path, content)
+        self._on_change(path)
+        self._on_change(path.parent)
+
     def _prepare(self, pair: Pair, header: FrameHeader, plane: Pixels) -> _PairOnDisk:
         """Make what must stand on disk before this plane."""
         while (
@@ -86,21 +139,32 @@ class Images:
             self._add(self._placed[len(self._pairs)], header, plane)
         on_disk = self._pairs[pair.number]
         if len(pair.channel_names) > len(on_disk.channels):
+            self._drain()
             self._add_channels(on_disk, header, plane)
         _update_step(on_disk)
         if on_disk.stale:
+            self._drain()
             self._save_groups(on_disk)
             self._save_lists()
             on_disk.stale = False
         return on_disk
 
     def _add(self, pair: Pair, header: FrameHeader, plane: Pixels) -> None:
+        self._drain()
+        stack_planes = self._stack_planes or (GUESSED_STACK if "z" in header.axes else 1)
         raw, refocused = (
             PlaneArray.create(
-                array_dir(self._run, 2 * pair.number + twin), pair.form.shape, pair.form.dtype
+                array_dir(self._run, 2 * pair.number + twin),
+                pair.form.shape,
+                pair.form.dtype,
+                self._shards,
+                stack_planes=stack_planes,
             )
             for twin in (0, 1)
         )
+        for image in (2 * pair.number, 2 * pair.number + 1):
+            self._on_change(array_dir(self._run, image))
+        self._on_change(self._run)
         on_disk = _PairOnDisk(pair, raw, refocused)
         self._add_channels(on_disk, header, plane)
         _update_step(on_disk)
@@ -109,7 +173,7 @@ class Images:
         try:
             self._save_lists()
             if pair.number == 0:
-                replace_file(self._run / "zarr.json", ome.root_group())
+                self._save(self._run / "zarr.json", ome.root_group())
         except OSError:
             self._pairs.pop()
             raise
@@ -125,15 +189,15 @@ class Images:
     def _save_groups(self, on_disk: _PairOnDisk) -> None:
         images = on_disk.images()
         for image in images:
-            replace_file(image_dir(self._run, image.number) / "zarr.json", ome.image_group(image))
+            self._save(image_dir(self._run, image.number) / "zarr.json", ome.image_group(image))
         on_disk.xml = ome.xml_image(images[0]), ome.xml_image(images[1])
 
     def _save_lists(self) -> None:
         folder = self._run / "OME"
-        folder.mkdir(exist_ok=True)
-        replace_file(folder / "zarr.json", ome.series_group(2 * len(self._pairs)))
+        disk.make_folders(folder)
+        self._save(folder / "zarr.json", ome.series_group(2 * len(self._pairs)))
         elements = [element for on_disk in self._pairs for element in on_disk.xml]
-        replace_file(folder / "METADATA.ome.xml", ome.xml(elements))
+        self._save(folder / "METADATA.ome.xml", ome.xml(elements))
 
 
 def _update_step(on_disk: _PairOnDisk) -> None:

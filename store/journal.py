@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from refocus.frame import FrameHeader
+from store import disk
 from store.layout import AxisValue, RunInfo
 from store.lock import WriterLock
 from store.records import Record, encode, file_header
@@ -46,6 +47,8 @@ class PairLine(msgspec.Struct, frozen=True, kw_only=True, tag="pair", tag_field=
     dtype: str
     pixel_um: float | None
     channels: list[str]
+    shards: tuple[int, int] | None = None
+    """Planes of a shard along t and z, in both arrays; None: a plane is a file."""
 
 
 class ScalingLine(msgspec.Struct, frozen=True, tag="scaling", tag_field="kind"):
@@ -144,31 +147,29 @@ def _plain_or_note(value: object) -> Any:
 
 
 class AppendFile:
-    """A new file that grows by whole entries. A failed append leaves its end where it was."""
+    """A file that grows by whole entries. A failed append leaves its end where it was."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = path.open("xb", buffering=0)
-        self._end = 0
+    def __init__(self, path: Path, *, new: bool = True) -> None:
+        self._descriptor: int | None = disk.open_new(path) if new else disk.open_existing(path)
+        self._end = 0 if new else path.stat().st_size
 
     def append(self, entry: bytes) -> None:
         """Write one entry in one system call. Raises OSError where it did not go in whole."""
-        self._file.seek(self._end)
+        if self._descriptor is None:
+            raise OSError(errno.EBADF, "the journal is closed")
         try:
-            written = self._file.write(entry)
-            if written != len(entry):
-                raise OSError(
-                    errno.ENOSPC, f"wrote {written} of {len(entry)} bytes", str(self._path)
-                )
+            disk.write_at(self._descriptor, entry, self._end)
         except OSError:
             with contextlib.suppress(OSError):
-                self._file.truncate(self._end)
+                disk.cut(self._descriptor, self._end)
             raise
         self._end += len(entry)
 
     def close(self) -> None:
         """Close the file. A second call does nothing."""
-        self._file.close()
+        if self._descriptor is not None:
+            disk.close(self._descriptor)
+            self._descriptor = None
 
 
 class Journal:
@@ -177,16 +178,38 @@ class Journal:
     def __init__(self, folder: Path, info: RunInfo) -> None:
         """Start a journal in a new *folder*. Raises OSError."""
         folder.mkdir()
-        with contextlib.ExitStack() as opened:
-            opened.callback(WriterLock(folder / LOCK).release)
-            self._records = opened.enter_context(contextlib.closing(AppendFile(folder / OUTCOMES)))
-            self._frames = opened.enter_context(contextlib.closing(AppendFile(folder / FRAMES)))
-            self._lines = opened.enter_context(contextlib.closing(AppendFile(folder / LINES)))
+        self._open(folder, WriterLock(folder / LOCK), new=True)
+        try:
             self._records.append(file_header())
             self.line(InfoLine(info))
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def reopen(cls, folder: Path, lock: WriterLock, records: int) -> "Journal":
+        """Go on with a journal of so many *records*, which ends with a whole one, and whole lines.
+
+        The caller took *lock* before it looked; it is released with the journal. Raises OSError.
+        """
+        journal = cls.__new__(cls)
+        journal._open(folder, lock, new=False)
+        journal.count = records
+        return journal
+
+    def _open(self, folder: Path, lock: WriterLock, *, new: bool) -> None:
+        with contextlib.ExitStack() as opened:
+            opened.callback(lock.release)
+            self._records, self._frames, self._lines = (
+                opened.enter_context(contextlib.closing(AppendFile(folder / name, new=new)))
+                for name in (OUTCOMES, FRAMES, LINES)
+            )
+            self.count = 0
+            """Records appended so far."""
+            self._owed: deque[Record] = deque()
+            self.files = (folder / FRAMES, folder / LINES, folder / OUTCOMES)
+            """In the order in which they must become durable: lines before records."""
             self._opened = opened.pop_all()
-        self._count = 0
-        self._owed: deque[Record] = deque()
 
     def acknowledge(self, record: Record) -> None:
         """Append a record, after those owed. Raises OSError: then it is not acknowledged."""
@@ -218,5 +241,5 @@ class Journal:
         self._opened.close()
 
     def _append(self, record: Record) -> None:
-        self._records.append(encode(record, self._count))
-        self._count += 1
+        self._records.append(encode(record, self.count))
+        self.count += 1

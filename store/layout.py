@@ -26,11 +26,8 @@ in the order taken. Channels are names, in order of appearance. The frame's own 
 frames.jsonl and its indices in outcomes.bin: nobody has to invert these rules.
 """
 
-import contextlib
 import math
-import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,38 +61,6 @@ def image_dir(run: Path, image: int) -> Path:
 def array_dir(run: Path, image: int) -> Path:
     """The one array (full resolution) of image number *image*."""
     return image_dir(run, image) / "0"
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Put *content* at *path*: a reader, or a kill at any moment, finds the old or the new."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside *path* to write to; what was written takes the place of *path* at the end.
-
-    Where that fails nothing of it stays. Raises OSError.
-    """
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        yield temporary
-        _rename_over(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):  # on Windows perhaps still open elsewhere
-            temporary.unlink()
-        raise
-
-
-def _rename_over(temporary: Path, path: Path) -> None:
-    """Rename; Windows refuses while another program (a virus scanner) has either file open: 1 s."""
-    for _ in range(100 if sys.platform == "win32" else 0):
-        with contextlib.suppress(PermissionError):
-            temporary.replace(path)
-            return
-        time.sleep(0.01)
-    temporary.replace(path)
 
 
 class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -210,12 +175,16 @@ class Pair:
         )
 
     def take(self, place: Place) -> None:
-        """Mark the slot as acknowledged."""
+        """Mark the slot as that of a plane on its way, or acknowledged."""
         self.taken.add((place.t, place.c, place.z))
+
+    def leave(self, place: Place) -> None:
+        """Free the slot again: its plane could not be written."""
+        self.taken.discard((place.t, place.c, place.z))
 
     @property
     def extent(self) -> tuple[int, int, int]:
-        """(t, c, z) that holds every acknowledged plane; at least (1, 1, 1)."""
+        """(t, c, z) that holds every plane; at least (1, 1, 1)."""
         t = max((slot[0] for slot in self.taken), default=0)
         z = max((slot[2] for slot in self.taken), default=0)
         return t + 1, max(1, len(self.channels)), z + 1

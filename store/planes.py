@@ -1,83 +1,85 @@
 """Planes on disk: one growing array (t, c, z, y, x) of a run.
 
-One plane is one uncompressed chunk, so a plane is written once, whole, in any order, and needs no
-read-modify-write; a plane never written is a chunk that is not there. Chunks go through zarr's
-LocalStore, which writes a temporary file and renames it: a kill leaves a plane or none, never half
-of one. The chunk's bytes are the plane's bytes, so they are handed to the store as they are, which
-saves the array interface's event loop and copies (measured: docs/on-disk.md). An all-black plane is
-stored like any other.
+One plane is one uncompressed chunk at a fixed place in a shard (store/shards.py), so a plane is
+written once, whole, in any order, and needs no read-modify-write. An all-black plane is stored like
+any other. On a file system without sparse files (exFAT), where a shard would take all its room at
+once, the zarr library writes a file a plane instead; slower, and the same to every reader.
 
-zarr.json is replaced, never rewritten in place, and only when the array must grow: t and z in
-blocks, because a foreign reader sees only what lies within the shape. The shape may therefore run
-ahead of the planes, and what is not there reads as 0 through any Zarr library: whether a plane
-exists is a question for the journal. `trim` cuts the shape to the planes when the run is sealed.
+zarr.json is replaced, never rewritten in place, and only when the array must grow: t and z by whole
+shards, before the first plane there, because a foreign reader sees only what lies within the shape.
+The shape may therefore run ahead of the planes, and what is not there reads as 0 through any Zarr
+library: whether a plane exists is a question for the journal. `trim` cuts the shape to the planes
+when the run is sealed.
 
 Nothing here knows of frames or outcomes; the callers depend on the methods of `PlaneArray` alone.
+One thread at a time writes.
 """
 
-import errno
 import json
-import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from zarr.core.buffer import Buffer, default_buffer_prototype
-from zarr.storage import LocalStore
+import zarr
 
 from refocus.errors import RunError
 from refocus.frame import Pixels
-from store.layout import replace_file, replacing
+from store import disk
+from store.shards import Grid, Shards, read_plane
 
 AXES = ("t", "c", "z", "y", "x")
 T_BLOCK = 64
 Z_BLOCK = 16
-
-
-class _PlaneStore(LocalStore):
-    """zarr's LocalStore, which takes a file's blocks from the file system before it fills them.
-
-    On ext4 the write itself is then up to twice as fast, and a full disk refuses before the first
-    byte.
-    """
-
-    def set_sync(self, key: str, value: Buffer) -> None:
-        with replacing(self.root / key) as temporary, temporary.open("wb") as file:
-            _reserve(file.fileno(), len(value))
-            file.write(value.as_buffer_like())
+"""Growth of an array without shards."""
+_BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 
 
 class PlaneArray:
-    """One array on disk. Made by `create` (to write) or `open` (to read)."""
+    """One array on disk. Made by `create` (to write) or `open`."""
 
-    def __init__(self, folder: Path, metadata: dict[str, Any], *, read_only: bool) -> None:
+    def __init__(self, folder: Path, metadata: dict[str, Any], shards: Shards | None) -> None:
         self._folder = folder
         self._metadata = metadata
-        self._store = _PlaneStore(folder, read_only=read_only)
+        self._shards = shards
         self._dtype = np.dtype(metadata["data_type"]).newbyteorder("<")
+        self.grid = _grid(metadata)
+        """How it is cut into shards; None where it is not, or compressed: zarr reads it then."""
 
     @classmethod
-    def create(cls, folder: Path, plane_shape: tuple[int, int], dtype: str) -> "PlaneArray":
-        """A new array of shape (1, 1, 1, y, x) without a plane in it. Raises OSError."""
-        array = cls(folder, _metadata((1, 1, 1, *plane_shape), dtype), read_only=False)
-        folder.mkdir(parents=True, exist_ok=True)
+    def create(
+        cls,
+        folder: Path,
+        plane_shape: tuple[int, int],
+        dtype: str,
+        shards: Shards,
+        *,
+        stack_planes: int = 1,
+    ) -> "PlaneArray":
+        """A new array of shape (1, 1, 1, y, x) without a plane in it. Raises OSError.
+
+        *stack_planes*: planes of a stack that come one after the other, 1 for a time-lapse.
+        """
+        grid = None
+        if shards.sparse:
+            grid = Grid.for_planes(plane_shape, dtype, stack_planes)
+        array = cls(folder, _new_metadata(plane_shape, dtype, grid), shards)
+        disk.make_folders(folder)
         array._save_metadata()
         return array
 
     @classmethod
-    def open(cls, folder: Path) -> "PlaneArray":
-        """An array written by this module, for reading. Raises RunError where there is none."""
+    def open(cls, folder: Path, shards: Shards | None = None) -> "PlaneArray":
+        """An array on disk; for writing too with *shards*. Raises RunError where there is none."""
         path = folder / "zarr.json"
         try:
             metadata = json.loads(path.read_bytes())
-            expected = _metadata(tuple(metadata["shape"]), metadata["data_type"])
+            array = cls(folder, metadata, shards)
+            if len(array.shape) != len(AXES):
+                raise ValueError(f"its shape is {array.shape}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path}: cannot be read as a run's array ({error})") from error
-        if metadata != expected:
-            raise RunError(
-                f"{path}: not an array that Refocus wrote, or written by another version"
-            )
-        return cls(folder, metadata, read_only=True)
+        return array
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -90,43 +92,73 @@ class PlaneArray:
         old = self.shape[:3]
         if t < old[0] and c < old[1] and z < old[2]:
             return
-        new = (_grown(old[0], t, T_BLOCK), max(old[1], c + 1), _grown(old[2], z, Z_BLOCK))
-        self._reshape(new)
+        t_block, z_block = (self.grid.t, self.grid.z) if self.grid else (T_BLOCK, Z_BLOCK)
+        self._reshape((_grown(old[0], t, t_block), max(old[1], c + 1), _grown(old[2], z, z_block)))
 
     def trim(self, t: int, c: int, z: int) -> None:
-        """Set the lengths of t, c and z to exactly these. Raises OSError."""
+        """Set the lengths of t, c and z to exactly these; drop shards beyond. Raises OSError."""
         if self.shape[:3] != (t, c, z):
             self._reshape((t, c, z))
+        for path in list(self.shard_files()) if self.grid else []:
+            if self._shards is not None and self._begins_beyond(path, t, z):
+                self._shards.remove(path)
 
-    def write(self, t: int, c: int, z: int, pixels: Pixels) -> Pixels:
-        """Store a plane (y, x) and return it as stored: C-contiguous, little endian.
+    def stored(self, pixels: Pixels) -> Pixels:
+        """*pixels* as they are stored: C-contiguous, little endian; a copy only where need be."""
+        return np.ascontiguousarray(pixels, dtype=self._dtype)
+
+    def write(self, t: int, c: int, z: int, stored: Pixels) -> None:
+        """Store a plane (y, x) that `stored` has made.
 
         From the return on the plane survives a kill of this process. Raises OSError.
         """
-        stored = np.ascontiguousarray(pixels, dtype=self._dtype)
+        assert self._shards is not None, f"{self._folder} is open for reading"
         self.cover(t, c, z)
-        chunk = default_buffer_prototype().buffer.from_array_like(stored.reshape(-1).view(np.uint8))
-        self._store.set_sync(_key(t, c, z), chunk)
-        return stored
+        if self.grid is None:
+            self._by_zarr("r+")[t, c, z] = stored
+        else:
+            path = self.shard_file(t, c, z)
+            self._shards.put(path, self.grid, self.grid.slot(t, z), stored)
+
+    def prepare_next(self, t: int, c: int, z: int) -> None:
+        """Make the shard that follows the one of this plane along t. Raises OSError."""
+        if self.grid is not None and self._shards is not None:
+            self._shards.prepare(self.shard_file(t + self.grid.t, c, z), self.grid)
 
     def read(self, t: int, c: int, z: int) -> Pixels | None:
-        """The plane (y, x) at these indices, None where there is none.
+        """The plane (y, x) at these indices, read-only; None where there can be none.
 
-        Raises RunError for one that is torn, or outside the shape, where no other program sees it.
+        Whether what lies there is a plane is for the journal to say. Raises RunError for indices
+        outside the shape, where no other program sees it, and for what cannot be read.
         """
         if not (t < self.shape[0] and c < self.shape[1] and z < self.shape[2]):
             raise RunError(f"{self._folder}: shape {self.shape} does not hold t{t}/c{c}/z{z}")
-        buffer = self._store.get_sync(_key(t, c, z), prototype=default_buffer_prototype())
-        if buffer is None:
-            return None
-        content = buffer.as_numpy_array()
-        shape = self.shape[3:]
-        wanted = shape[0] * shape[1] * self._dtype.itemsize
-        if content.nbytes != wanted:
-            path = self._folder / _key(t, c, z)
-            raise RunError(f"{path}: {content.nbytes} bytes, a plane has {wanted}; it is damaged")
-        plane: Pixels = content.view(self._dtype).reshape(shape)
+        if self.grid is not None:
+            return read_plane(self.shard_file(t, c, z), self.grid, self.grid.slot(t, z))
+        try:
+            plane: Pixels = np.asarray(self._by_zarr("r")[t, c, z])
+            plane.flags.writeable = False
+        except (ValueError, RuntimeError, KeyError) as error:  # zarr and its codecs
+            raise RunError(f"{self._folder}: t{t}/c{c}/z{z} cannot be read ({error})") from error
         return plane
+
+    def shard_file(self, t: int, c: int, z: int) -> Path:
+        """File of the shard that holds a plane."""
+        assert self.grid is not None, f"{self._folder} has no shards"
+        a, b, d = self.grid.shard(t, c, z)
+        return self._folder / f"c.{a}.{b}.{d}.0.0"
+
+    def shard_files(self) -> Iterator[Path]:
+        """All shards on disk, in no order."""
+        return self._folder.glob("c.*.0.0")
+
+    def _begins_beyond(self, path: Path, t: int, z: int) -> bool:
+        _, shard_t, _, shard_z, *_ = path.name.split(".")
+        assert self.grid is not None
+        return int(shard_t) * self.grid.t >= t or int(shard_z) * self.grid.z >= z
+
+    def _by_zarr(self, mode: str) -> Any:
+        return zarr.open_array(self._folder, mode=mode, config={"write_empty_chunks": True})
 
     def _reshape(self, lengths: tuple[int, int, int]) -> None:
         grown = self._metadata | {"shape": [*lengths, *self._metadata["shape"][3:]]}
@@ -138,18 +170,10 @@ class PlaneArray:
             raise
 
     def _save_metadata(self) -> None:
-        replace_file(self._folder / "zarr.json", json.dumps(self._metadata, indent=1).encode())
-
-
-def _reserve(descriptor: int, nbytes: int) -> None:
-    """Take *nbytes* for an empty file, where system and file system can. Raises OSError if full."""
-    if not hasattr(os, "posix_fallocate"):  # Windows, macOS
-        return
-    try:
-        os.posix_fallocate(descriptor, 0, nbytes)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
+        path = self._folder / "zarr.json"
+        disk.replace_file(path, json.dumps(self._metadata, indent=1).encode())
+        if self._shards is not None:
+            self._shards.changed(path)
 
 
 def _grown(length: int, index: int, block: int) -> int:
@@ -157,28 +181,37 @@ def _grown(length: int, index: int, block: int) -> int:
     return length if index < length else -(-(index + 1) // block) * block
 
 
-def _key(t: int, c: int, z: int) -> str:
-    return f"c.{t}.{c}.{z}.0.0"
-
-
-def _metadata(shape: tuple[int, ...], dtype: str) -> dict[str, Any]:
-    """zarr.json of an array (Zarr v3), complete, as every Zarr library writes and reads it.
-
-    Keys are flat ("c.0.0.0.0.0"): nested ones cost four new folders a plane, which on ext4 takes as
-    long as the plane itself.
-    """
+def _new_metadata(shape: tuple[int, int], dtype: str, grid: Grid | None) -> dict[str, Any]:
+    """zarr.json of a new array (Zarr v3), complete, as every Zarr library writes and reads it."""
+    plane = [1, 1, 1, *shape]
+    codecs: list[dict[str, Any]] = [_BYTES]
+    if grid is not None:
+        sharding = {
+            "chunk_shape": plane,
+            "codecs": [_BYTES],
+            "index_codecs": [_BYTES, {"name": "crc32c"}],
+            "index_location": "end",
+        }
+        codecs = [{"name": "sharding_indexed", "configuration": sharding}]
+    chunk = plane if grid is None else [grid.t, 1, grid.z, *shape]
     return {
         "zarr_format": 3,
         "node_type": "array",
-        "shape": list(shape),
+        "shape": plane,
         "data_type": dtype,
-        "chunk_grid": {
-            "name": "regular",
-            "configuration": {"chunk_shape": [1, 1, 1, *shape[3:]]},
-        },
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+        # Flat keys: a new shard is one new file, not five new folders.
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+        "codecs": codecs,
         "fill_value": 0,
         "dimension_names": list(AXES),
         "attributes": {},
     }
+
+
+def _grid(metadata: dict[str, Any]) -> Grid | None:
+    """The shards of an array that `_new_metadata` described, None for any other."""
+    t, c, z, y, x = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    grid = Grid((y, x), metadata["data_type"], t=t, z=z)
+    wanted = _new_metadata(grid.shape, grid.dtype, grid) | {"shape": metadata["shape"]}
+    return grid if c == 1 and metadata == wanted else None

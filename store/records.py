@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import google_crc32c
+from awscrt import checksums
 
 from refocus.errors import RunError
 from refocus.frame import Pixels, RawOutcome, RefocusOutcome
@@ -41,6 +41,8 @@ class Kind(enum.IntEnum):
 
     RAW = 1
     REFOCUS = 2
+    DURABLE = 3
+    """A mark, no outcome: records before number *seq*, and their planes, survive a power cut."""
 
 
 class Record(NamedTuple):
@@ -81,9 +83,13 @@ def count(tally: "Counter[tuple[int, int]]") -> Counts:
     )
 
 
-def crc32c(data: Pixels | bytes) -> int:
-    """CRC-32C (Castagnoli) of contiguous pixels or bytes."""
-    return int(google_crc32c.value(data))
+def crc32c(data: Pixels | bytes, before: int = 0) -> int:
+    """CRC-32C (Castagnoli) of contiguous pixels or bytes, after those of checksum *before*.
+
+    By Amazon's common runtime, because it takes 0.24 ms for 2048² of 16 bits where Google's and
+    other packages take 0.5 ms, which is a fifth of writing the plane.
+    """
+    return int(checksums.crc32c(data, before))
 
 
 def file_header() -> bytes:
@@ -99,7 +105,7 @@ def encode(record: Record, number: int) -> bytes:
 
 
 def _record_crc(body: bytes, number: int) -> int:
-    return int(google_crc32c.extend(crc32c(number.to_bytes(8, "little")), body))
+    return crc32c(body, crc32c(number.to_bytes(8, "little")))
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,11 @@ def read_records(path: Path) -> Records:
         raise RunError(
             f"{path}: journal version {version}; this Refocus reads {VERSION}: update it"
         )
+    return sound_records(content)
+
+
+def sound_records(content: bytes) -> Records:
+    """The sound records of a journal's *content*, whatever its first 64 bytes are."""
     sound: list[Record] = []
     damaged: list[int] = []
     count = len(content) // RECORD_BYTES - 1

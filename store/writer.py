@@ -36,7 +36,6 @@ from store.layout import Pair, Place, Placer, RunInfo, journal_dir
 from store.outcomes import Outcomes
 from store.records import MAX_CLIPPED, Kind, Record, crc32c
 
-
 PUT_AHEAD = 2
 """Planes on their way to the disk: one is being written, the next one is ready."""
 
@@ -144,7 +143,7 @@ class RunWriter:
         return self._follow(Pending(record, header, pair, place, put))
 
     def put_refocused(self, seq: int, pixels: Pixels, made: Provenance) -> Pending:
-        """Begin to write the twin of a saved frame. What goes wrong at once is booked and raised."""
+        """Begin to write the twin of a saved frame. What fails at once is booked and raised."""
         while any(p.record.seq == seq for p in self._pending):
             self._settle_oldest()
         place = self._outcomes.raw.get(seq)
@@ -250,7 +249,7 @@ class RunWriter:
         try:
             pending.put.done.result()
             self._outcomes.acknowledge(record)
-        except Exception as error:  # whatever it was, no frame may vanish unbooked
+        except Exception as error:  # noqa: BLE001  # whatever it was, no frame may vanish unbooked
             if record.kind == Kind.RAW:
                 what = "not saved"
                 pending.pair.leave(pending.place)

@@ -19,7 +19,7 @@ from store_runs import SHAPE, file_size_limit, frame, pixels, start
 from refocus.errors import RunError
 from refocus.frame import RefocusOutcome
 from store.check import check
-from store.layout import replace_file
+from store.disk import replace_file
 from store.lock import WriterLock, is_held
 from store.planes import PlaneArray
 from store.reader import State, open_run

@@ -1,0 +1,281 @@
+"""Shards: files of many planes, each plane at a place of its own from the first write on.
+
+A shard holds the planes of a stretch of t and z, and of one channel:
+
+    slot 0 | slot 1 | ... | slot n-1 | index
+
+A slot is a plane's bytes, uncompressed, rounded up to whole pages; slots are numbered with z the
+faster. The file is sparse: a slot never written takes no room. The index at the end is the one of
+Zarr's sharding codec: (offset, length) a slot, all ones where there is no plane, then its crc32c.
+It is rewritten after every plane, so any Zarr library reads the shard at any moment, planes may
+come in any order, and neither a plane nor a kill ever touches another plane.
+
+An index fits into one page, hence MAX_SLOTS: a kill finds it whole, old or new. A reader of another
+process may still see it half-written; its checksum says so, and it reads again.
+
+A shard that exists is never begun anew: its index is read back first. One without a whole index has
+no plane (the index is written before the first one), or is damaged, and then `refocus recover`
+rebuilds it from the journal.
+"""
+
+import errno
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from refocus.frame import Pixels
+from store import disk
+from store.records import crc32c
+
+SHARD_BYTES = 512 << 20
+MAX_SLOTS = 255
+DIRECT_FROM_BYTES = 1 << 20
+"""Smaller planes gain nothing from passing by the page cache."""
+MAX_OPEN = 128
+"""Shards held open for writing, the latest ones: two descriptors each, of the usual 1024."""
+_ABSENT = 2**64 - 1
+_CRC_BYTES = 4
+
+Index = npt.NDArray[np.uint64]
+"""(slots, 2): offset and length of each plane, all ones where there is none."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How an array is cut into shards: planes of *shape* (y, x), *t* x *z* of them in a shard."""
+
+    shape: tuple[int, int]
+    dtype: str
+    t: int
+    z: int
+
+    @classmethod
+    def for_planes(cls, shape: tuple[int, int], dtype: str, stack_planes: int) -> "Grid":
+        """Shards of up to SHARD_BYTES for stacks of *stack_planes* planes that come in a row."""
+        slots = max(1, min(MAX_SLOTS, SHARD_BYTES // _stride(shape, dtype)))
+        parts = -(-stack_planes // slots)
+        z = -(-stack_planes // parts)
+        return cls(shape, dtype, t=slots // z, z=z)
+
+    @property
+    def plane_bytes(self) -> int:
+        """Bytes of a plane."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    @property
+    def slots(self) -> int:
+        """Planes of a full shard."""
+        return self.t * self.z
+
+    @property
+    def stride(self) -> int:
+        """Bytes from one slot to the next."""
+        return _stride(self.shape, self.dtype)
+
+    @property
+    def index_offset(self) -> int:
+        """Where the index begins."""
+        return self.slots * self.stride
+
+    @property
+    def file_bytes(self) -> int:
+        """Length of a shard's file."""
+        return self.index_offset + 16 * self.slots + _CRC_BYTES
+
+    def shard(self, t: int, c: int, z: int) -> tuple[int, int, int]:
+        """Number of the shard of a plane, along t, c and z."""
+        return t // self.t, c, z // self.z
+
+    def slot(self, t: int, z: int) -> int:
+        """Number of a plane's slot in its shard."""
+        return t % self.t * self.z + z % self.z
+
+    def empty_index(self) -> Index:
+        """An index without a plane."""
+        return np.full((self.slots, 2), _ABSENT, np.uint64)
+
+    def index_of(self, slots: Iterable[int]) -> Index:
+        """The index of a shard with planes in these *slots*."""
+        index = self.empty_index()
+        for slot in slots:
+            index[slot] = slot * self.stride, self.plane_bytes
+        return index
+
+
+def _stride(shape: tuple[int, int], dtype: str) -> int:
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    return -(-nbytes // disk.PAGE) * disk.PAGE
+
+
+def slots_of(index: Index) -> set[int]:
+    """Numbers of the slots that have a plane."""
+    return {int(slot) for slot in np.flatnonzero(index[:, 1] != _ABSENT)}
+
+
+def read_index(path: Path, grid: Grid) -> Index | None:
+    """A shard's index, None where there is none yet. Raises OSError where it is damaged."""
+    with path.open("rb") as file:
+        file.seek(grid.index_offset)
+        content = file.read(grid.file_bytes - grid.index_offset)
+    return _decode(content, grid, path)
+
+
+def read_plane(path: Path, grid: Grid, slot: int) -> Pixels | None:
+    """What lies in a slot, (y, x), read-only; None where the file ends before. Raises OSError.
+
+    Whether it is a plane is for the index or the journal to say.
+    """
+    count = math.prod(grid.shape)
+    dtype = np.dtype(grid.dtype).newbyteorder("<")
+    try:
+        plane: Pixels = np.fromfile(path, dtype, count, offset=slot * grid.stride)
+    except FileNotFoundError:
+        return None
+    if plane.size < count:
+        return None
+    plane.flags.writeable = False
+    return plane.reshape(grid.shape)
+
+
+def repair_index(path: Path, grid: Grid, slots: Iterable[int]) -> bool:
+    """Make a shard's index list exactly these *slots*; True where it did not. Raises OSError."""
+    wanted = grid.index_of(slots)
+    try:
+        found = read_index(path, grid)
+    except OSError:
+        found = None
+    if found is not None and np.array_equal(found, wanted):
+        return False
+    descriptor = disk.open_existing(path)
+    try:
+        disk.write_at(descriptor, _encode(wanted), grid.index_offset)
+    finally:
+        disk.close(descriptor)
+    return True
+
+
+def _encode(index: Index) -> bytes:
+    content = index.astype("<u8").tobytes()
+    return content + crc32c(content).to_bytes(_CRC_BYTES, "little")
+
+
+def _decode(content: bytes, grid: Grid, path: Path) -> Index | None:
+    if not content:
+        return None
+    body, crc = content[:-_CRC_BYTES], content[-_CRC_BYTES:]
+    if len(body) != 16 * grid.slots or crc32c(body).to_bytes(_CRC_BYTES, "little") != crc:
+        raise OSError(errno.EIO, "the shard's index is damaged; run refocus recover", str(path))
+    return np.frombuffer(body, "<u8").astype(np.uint64).reshape(grid.slots, 2)
+
+
+class _Shard:
+    """One shard open for writing."""
+
+    def __init__(self, path: Path, grid: Grid, *, direct: bool) -> None:
+        self._grid = grid
+        try:
+            self._file = disk.open_new(path)
+        except FileExistsError:
+            self._file = disk.open_existing(path)
+        self._direct: int | None = None
+        try:
+            index = _decode(
+                disk.read_at(self._file, grid.file_bytes, grid.index_offset), grid, path
+            )
+            if index is None:
+                index = grid.empty_index()
+                disk.make_sparse(self._file)
+                disk.write_at(self._file, _encode(index), grid.index_offset)
+            self._index = index
+            if direct:
+                self._direct = disk.open_existing(path, direct=True)
+        except OSError:
+            self.close()
+            raise
+
+    def put(self, slot: int, plane: npt.NDArray[np.uint8], padded: npt.NDArray[np.uint8]) -> None:
+        """Write a *plane* (*padded* to whole pages, for a direct write), then list it."""
+        if self._direct is None:
+            disk.write_at(self._file, plane, slot * self._grid.stride)
+        else:
+            disk.write_at(self._direct, padded, slot * self._grid.stride)
+        index = self._index.copy()
+        index[slot] = slot * self._grid.stride, self._grid.plane_bytes
+        disk.write_at(self._file, _encode(index), self._grid.index_offset)
+        self._index = index
+
+    def close(self) -> None:
+        disk.close(self._file)
+        if self._direct is not None:
+            disk.close(self._direct)
+
+
+class Shards:
+    """All shards of a run that are open for writing. One thread calls, whichever it is.
+
+    *on_change(path)* hears of every file and folder that is not durable as it is now.
+    """
+
+    def __init__(self, folder: Path, on_change: Callable[[Path], None] = lambda path: None) -> None:
+        """*folder*, on the same file system, is where it is tried out what that can do."""
+        self.changed = on_change
+        self.sparse = disk.has_sparse_files(folder)
+        """Without sparse files a shard takes all its room at once: better none."""
+        self._direct = disk.takes_direct_writes(folder)
+        self._open: OrderedDict[Path, _Shard] = OrderedDict()
+        self._page_aligned = disk.aligned_memory(disk.PAGE)
+
+    def put(self, path: Path, grid: Grid, slot: int, pixels: Pixels) -> None:
+        """Write a plane (y, x), C-contiguous, little endian, into its slot. Raises OSError."""
+        plane = pixels.reshape(-1).view(np.uint8)
+        self.changed(path)
+        try:
+            self._shard(path, grid).put(slot, plane, self._padded(plane, grid))
+        except OSError as error:
+            if error.errno != errno.EINVAL or not self._direct:
+                raise
+            self._direct = False  # direct writes work in one place and not in another
+            self.close()
+            self._shard(path, grid).put(slot, plane, plane)
+
+    def prepare(self, path: Path, grid: Grid) -> None:
+        """Make a shard before its first plane comes. Raises OSError."""
+        self._shard(path, grid)
+
+    def remove(self, path: Path) -> None:
+        """Remove a shard. Raises OSError."""
+        if path in self._open:
+            self._open.pop(path).close()
+        disk.remove(path)
+        self.changed(path.parent)
+
+    def close(self) -> None:
+        """Close all files. A later `put` opens its own again."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def _shard(self, path: Path, grid: Grid) -> _Shard:
+        shard = self._open.get(path)
+        if shard is None:
+            direct = self._direct and grid.plane_bytes >= DIRECT_FROM_BYTES
+            shard = self._open[path] = _Shard(path, grid, direct=direct)
+            self.changed(path.parent)
+            if len(self._open) > MAX_OPEN:
+                self._open.popitem(last=False)[1].close()
+        self._open.move_to_end(path)
+        return shard
+
+    def _padded(self, plane: npt.NDArray[np.uint8], grid: Grid) -> npt.NDArray[np.uint8]:
+        """*plane* in whole pages at the start of a page: itself, or a copy where it is not so."""
+        if disk.is_aligned(plane) or not self._direct:
+            return plane
+        if self._page_aligned.size < grid.stride:
+            self._page_aligned = disk.aligned_memory(grid.stride)
+        self._page_aligned[: plane.size] = plane
+        self._page_aligned[plane.size : grid.stride] = 0
+        return self._page_aligned[: grid.stride]
