@@ -97,7 +97,7 @@ def image_group(image: Image) -> bytes:
     scale = [1.0, 1.0, image.z_step_um or 1.0, pixel or 1.0, pixel or 1.0]
     dataset = {"path": "0", "coordinateTransformations": [{"type": "scale", "scale": scale}]}
     multiscale = {"name": image.name, "axes": axes, "datasets": [dataset]}
-    omero = {"name": image.name, "channels": [_omero_channel(c) for c in image.channels]}
+    omero = {"name": image.name, "channels": [omero_channel(c) for c in image.channels]}
     return _group({"version": VERSION, "multiscales": [multiscale], "omero": omero})
 
 
@@ -106,7 +106,8 @@ def _space(name: str, step_um: float | None) -> dict[str, str]:
     return axis if step_um is None else axis | {"unit": "micrometer"}
 
 
-def _omero_channel(channel: Channel) -> dict[str, Any]:
+def omero_channel(channel: Channel) -> dict[str, Any]:
+    """As NGFF's omero lists it, the same in 0.4 and 0.5."""
     return {
         "label": channel.name,
         "color": channel.colour,
@@ -153,6 +154,11 @@ def xml_image(image: Image) -> str:
 
 
 def _quoted(text: str) -> str:
-    """An XML attribute value; characters that XML 1.0 cannot hold become U+FFFD."""
-    legal = "".join(c if c >= " " and c not in "\ufffe\uffff" else "\ufffd" for c in text)
-    return quoteattr(legal.encode("utf-8", "replace").decode())
+    """An XML attribute value."""
+    return quoteattr(legal(text))
+
+
+def legal(text: str) -> str:
+    """*text* with U+FFFD for characters that XML 1.0 cannot hold."""
+    kept = "".join(c if c >= " " and c not in "\ufffe\uffff" else "\ufffd" for c in text)
+    return kept.encode("utf-8", "replace").decode()

@@ -1,0 +1,124 @@
+"""Commands that convert a run: `refocus export`, `refocus finish`.
+
+Exit codes: 0 all of it, 1 damaged planes were left out, 2 usage, 3 the disk is too full, 4 the run
+has a writer.
+"""
+
+import argparse
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from refocus.errors import SettingsError
+
+if TYPE_CHECKING:
+    from store.export import Export, Exported
+    from store.export_images import What
+
+WHAT: "dict[str, tuple[What, ...]]" = {
+    "raw": ("raw",),
+    "refocused": ("refocused",),
+    "both": ("raw", "refocused"),
+}
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the commands of this file."""
+    export = subparsers.add_parser(
+        "export",
+        help="copy a run for Fiji, QuPath and others",
+        description="Copy a run, live, killed or sealed, into a format that Fiji and QuPath open. "
+        "The run stays as it is. Planes that it does not have are zeros in the copy, and listed.",
+    )
+    export.add_argument("path", metavar="RUN", type=Path, help="the run's folder")
+    export.add_argument(
+        "--to",
+        required=True,
+        choices=("ome-tiff", "ome-zarr-0.4"),
+        help="ome-tiff: a folder with one file an image; ome-zarr-0.4: one folder NAME.ome.zarr",
+    )
+    export.add_argument(
+        "--out", required=True, metavar="PATH", type=Path, help="a new folder for the copy"
+    )
+    export.add_argument(
+        "--what",
+        choices=tuple(WHAT),
+        default="both",
+        help="raw and refocused planes are separate images (default: %(default)s)",
+    )
+    export.add_argument(
+        "--compression",
+        choices=("none", "zlib"),
+        default="none",
+        help="zlib is smaller and several times slower; nothing is lost (default: %(default)s)",
+    )
+    export.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    export.set_defaults(run=_export)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from store.export import export
+
+    _require_run(arguments.path)
+    with _progress_bar("exporting") as progress:
+        done = export(
+            arguments.path,
+            arguments.out,
+            arguments.to,
+            what=WHAT[arguments.what],
+            compression=arguments.compression,
+            progress=progress,
+        )
+    if arguments.json:
+        import msgspec
+
+        print(msgspec.json.encode(done).decode())
+    else:
+        print(_summary(done))
+    return 1 if done.damage else 0
+
+
+def _summary(done: "Export") -> str:
+    lines = [f"{done.out}: {done.format}"]
+    for image in done.images:
+        lines.append(f"  {Path(image.path).name}: {image.image}, {_extent(image)}")
+        if image.absent:
+            lines.append(f"    {len(image.absent)} planes absent, zeros: {_slots(image.absent)}")
+        if image.damaged:
+            lines.append(f"    {len(image.damaged)} planes damaged, zeros: {_slots(image.damaged)}")
+    lines += [f"  found: {reason}" for reason in done.damage]
+    lines += [f"  note: {note}" for note in done.notes]
+    return "\n".join(lines)
+
+
+def _extent(image: "Exported") -> str:
+    t, c, z, y, x = image.shape
+    return f"{image.planes} planes of {x}x{y} px (t {t}, c {c}, z {z})"
+
+
+def _slots(slots: tuple[tuple[int, int, int], ...]) -> str:
+    shown = ", ".join(f"t{t}/c{c}/z{z}" for t, c, z in slots[:3])
+    return shown if len(slots) <= 3 else f"{shown}, ... (all of them with --json)"
+
+
+def _require_run(path: Path) -> None:
+    from store.layout import is_run
+
+    if not is_run(path):
+        raise SettingsError(f"{path}: not a run (it has no folder journal); give a run's folder")
+
+
+@contextlib.contextmanager
+def _progress_bar(doing: str) -> Iterator[Callable[[int, int], None]]:
+    """A function for (done, total), which shows a bar where the error output is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(doing, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
