@@ -81,6 +81,23 @@ class PlaneArray:
             raise RunError(f"{path}: cannot be read as a run's array ({error})") from error
         return array
 
+    @classmethod
+    def unwritten(
+        cls, folder: Path, plane_shape: tuple[int, int], dtype: str, shards: tuple[int, int] | None
+    ) -> "PlaneArray":
+        """What an array is, of which nothing need be on disk; *shards*: their planes (t, z)."""
+        grid = Grid(plane_shape, dtype, *shards) if shards else None
+        return cls(folder, _new_metadata(plane_shape, dtype, grid), None)
+
+    def resized(self, folder: Path, t: int, c: int, z: int) -> "PlaneArray":
+        """An array like this one in *folder*, with these lengths; nothing is written."""
+        shape = [t, c, z, *self.shape[3:]]
+        return PlaneArray(folder, self._metadata | {"shape": shape}, None)
+
+    def zarr_json(self) -> bytes:
+        """What its zarr.json should hold."""
+        return json.dumps(self._metadata, indent=1).encode()
+
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
         """(t, c, z, y, x); may run ahead of the planes."""
@@ -171,7 +188,7 @@ class PlaneArray:
 
     def _save_metadata(self) -> None:
         path = self._folder / "zarr.json"
-        disk.replace_file(path, json.dumps(self._metadata, indent=1).encode())
+        disk.replace_file(path, self.zarr_json())
         if self._shards is not None:
             self._shards.changed(path)
 

@@ -14,6 +14,7 @@ acknowledged, readers leave it out and say so.
 import enum
 import struct
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -118,6 +119,17 @@ class Records:
     torn_bytes: int
     """Bytes after the last whole record: an append that never finished."""
 
+    @property
+    def count(self) -> int:
+        """Whole records, damaged ones among them."""
+        return len(self.records) + len(self.damaged)
+
+    def numbered(self) -> Iterator[tuple[int, Record]]:
+        """Every sound record with its number in the file."""
+        damaged = set(self.damaged)
+        numbers = (number for number in range(self.count) if number not in damaged)
+        return zip(numbers, self.records, strict=True)
+
 
 def read_records(path: Path) -> Records:
     """All sound records of outcomes.bin, in order. Raises RunError where it is not a journal."""
@@ -125,15 +137,23 @@ def read_records(path: Path) -> Records:
     header = content[:RECORD_BYTES]
     if len(header) < RECORD_BYTES:  # killed within the first write of all
         return Records([], [], len(header))
-    body, crc = header[: _HEADER.size], header[_HEADER.size :]
-    magic, version, size = _HEADER.unpack(body)
-    if magic != _MAGIC or _CRC.pack(crc32c(body)) != crc:
+    version = version_of(header)
+    if version is None:
         raise RunError(f"{path}: the first {RECORD_BYTES} bytes are not a journal's; it is damaged")
-    if (version, size) != (VERSION, RECORD_BYTES):
+    if version != VERSION:
         raise RunError(
             f"{path}: journal version {version}; this Refocus reads {VERSION}: update it"
         )
     return sound_records(content)
+
+
+def version_of(header: bytes) -> int | None:
+    """Version of the journal that begins with these RECORD_BYTES; None where they are none's."""
+    body, crc = header[: _HEADER.size], header[_HEADER.size :]
+    magic, version, _ = _HEADER.unpack(body)
+    if magic != _MAGIC or _CRC.pack(crc32c(body)) != crc:
+        return None
+    return int(version)
 
 
 def sound_records(content: bytes) -> Records:
