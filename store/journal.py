@@ -136,7 +136,13 @@ def plain_tags(tags: Mapping[str, object]) -> dict[str, Any]:
 
     A tag may contain itself, or be an object whose own methods fail. No plane is lost for that.
     """
-    return {str(plain(key)): _plain_or_note(value) for key, value in tags.items()}
+    return {
+        # Nearly all of Micro-Manager's tags are such text; a hundred of them come with a frame.
+        key if type(key) is str and key.isascii() else str(plain(key)): value
+        if type(value) is str and value.isascii()
+        else _plain_or_note(value)
+        for key, value in tags.items()
+    }
 
 
 def _plain_or_note(value: object) -> Any:
