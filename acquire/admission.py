@@ -1,7 +1,8 @@
 """Which frames the generator may touch, and the one scaling of each channel.
 
 A channel's scaling is derived from its first frame that is not flat, frozen, and noted in the run,
-so that whatever refocuses this run later uses the same map bit for bit. The three planes of a
+so that whatever refocuses this run later uses the same map bit for bit: it takes the noted ones as
+they are, and derives one only for a channel that has none. The three planes of a
 colour exposure share one map, or their hue would shift.
 """
 
@@ -23,6 +24,7 @@ _COLOURS = ("-R", "-G", "-B")
 class Admission:
     """Decides frame by frame; *on_scaling(channel, scaling)* hears of each newly frozen map.
 
+    *scalings*: the maps that are frozen already, by channel.
     *channels*: what the settings say of them. A channel of another modality than the generator's
     is rejected; one that the settings do not name is taken to be the generator's own.
     """
@@ -31,12 +33,13 @@ class Admission:
         self,
         manifest: Manifest,
         channels: Mapping[str, ChannelSettings],
+        scalings: Mapping[str, Scaling],
         on_scaling: Callable[[str, Scaling], None],
     ) -> None:
         self._manifest = manifest
         self._channels = channels
         self._on_scaling = on_scaling
-        self._scalings: dict[str, Scaling] = {}
+        self._scalings = dict(scalings)
         self._said_unknown = False
 
     def admit(self, frame: Frame) -> Scaling:

@@ -6,7 +6,7 @@ import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from acquire.link import Link
 from acquire.supervisor import Supervisor, worker_arguments
 from engine import package
 from engine.package import Package
+from engine.scaling import Scaling
 from refocus.errors import SettingsError
 from refocus.settings import Settings
 from store.layout import journal_dir
@@ -36,6 +37,11 @@ class EngineSide:
     link: Link
     supervisor: Supervisor
     _closing: contextlib.ExitStack
+
+    @property
+    def hopeless(self) -> bool:
+        """No worker is left and none will be started any more."""
+        return self.supervisor.gave_up.is_set() and not self.link.workers
 
     def close(self) -> None:
         """Stops link and worker; every frame they still had is answered for."""
@@ -58,9 +64,12 @@ def start_engine(
     run: Path,
     expected_shape: tuple[int, int] | None,
     on_trouble: Callable[[str], None],
+    *,
+    scalings: Mapping[str, Scaling] | None = None,
 ) -> EngineSide | None:
     """Starts link and worker, or returns None where the settings want no engine.
 
+    *scalings*: those that the *run* has already, by channel.
     Raises PackageError for an unusable generator, EngineError where the link cannot listen.
     """
     if settings.engine.runtime == "none":
@@ -81,6 +90,7 @@ def start_engine(
             intake,
             settings,
             loaded,
+            scalings or {},
             address=_address(settings, closing),
             secret=secret,
             on_ready=lambda pid: supervisor.introduced(pid),

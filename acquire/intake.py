@@ -9,6 +9,8 @@ Policies, one a queue:
   trunk    every frame, in order, to the writer. Bounded in bytes; half full is said. Full: `put`
            waits up to raw_stall_ms, then the frame is booked FAILED and the hook told why.
   branch   the newest few frames, to the link. Full: the oldest leaves and is booked SKIPPED.
+  again    a few frames read back from the disk, to the link while none of the branch waits. Full:
+           `offer_again` says so, and whoever reads them back waits for room (acquire/again.py).
   answers  what the link says became of a frame, to the writer. Refocused planes are bounded by the
            link, which sends no frame while many wait; a raw frame always goes first.
 
@@ -74,6 +76,7 @@ class Intake:
         self._queue: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
         self._deferred: deque[Answer] = deque()
         self._slot: deque[Frame] = deque()
+        self._again: deque[Frame] = deque()
         self._thread = threading.Thread(target=self._receive, name="refocus-intake")
 
     def start(self) -> None:
@@ -192,11 +195,12 @@ class Intake:
     # -- link's thread ---------------------------------------------------------------------------
 
     def take_newest(self) -> Frame | None:
-        """The newest waiting frame, or None."""
-        try:
+        """The newest frame that waits, else the first that was offered again, or None."""
+        with contextlib.suppress(IndexError):  # empty
             return self._slot.pop()
-        except IndexError:
-            return None
+        with contextlib.suppress(IndexError):
+            return self._again.popleft()
+        return None
 
     def answer(self, answer: Answer) -> None:
         """Tells the writer what became of a frame's refocusing."""
@@ -236,6 +240,25 @@ class Intake:
     def note(self, note: Note) -> None:
         """Runs *note* on the writer's thread, in order with the frames."""
         self._queue.put(note)
+
+    def offer_again(self, frame: Frame) -> bool:
+        """Offers a frame that is on disk to the engine; False: no room now, offer it later.
+
+        There is room while no raw frame is on its way to the disk and few frames wait here.
+        """
+        if self.waiting_bytes or len(self._again) >= self._slot_frames:
+            return False
+        self._again.append(frame)
+        self.ring()
+        return True
+
+    def withdraw(self) -> list[int]:
+        """Takes back what was offered again and still waits; returns the frames' numbers."""
+        taken = []
+        with contextlib.suppress(IndexError):
+            while True:
+                taken.append(self._again.popleft().header.seq)
+        return taken
 
     def end(self) -> None:
         """Returns when every image that was taken has been handed on; later ones are refused."""

@@ -45,7 +45,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Maker:
-    """Which generator made a plane, in which runtime."""
+    """Which generator made, rejected or failed on a plane, in which runtime."""
 
     package_hash: str
     name: str
@@ -59,17 +59,20 @@ class Plane:
 
     pixels: Pixels
     clipped: int
-    maker: Maker
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of the refocusing of one frame; the *plane* only with REFOCUSED."""
+    """What became of the refocusing of one frame; the *plane* only with REFOCUSED.
+
+    *maker* is None where no generator has looked at the frame.
+    """
 
     seq: int
     outcome: RefocusOutcome
     reason: str = ""
     plane: Plane | None = None
+    maker: Maker | None = None
 
 
 Note = Callable[[RunWriter], object]

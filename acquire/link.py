@@ -20,7 +20,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import zmq
 
@@ -46,6 +46,7 @@ MOST_MESSAGES = 64
 class Link:
     """Serves any number of workers that connect to *address* with *secret* and *package*'s hash.
 
+    *scalings*: those that the run has already, by channel.
     Called from the link's thread: *on_ready(pid)* for a worker that has introduced itself,
     *on_gone(pid, reason)* for one that was given up, *on_trouble(line)* if the link itself fails,
     which ends refocusing for this run. Raises EngineError where *address* cannot be opened.
@@ -56,6 +57,7 @@ class Link:
         intake: Intake,
         settings: Settings,
         package: Package,
+        scalings: Mapping[str, Scaling],
         *,
         address: str,
         secret: str,
@@ -79,7 +81,9 @@ class Link:
         self._given_up = GivenUp()
         self.runtime = ""
         """What the latest worker runs the generator with."""
-        self._admission = Admission(package.manifest, settings.channels, self._note_scaling)
+        self._admission = Admission(
+            package.manifest, settings.channels, scalings, self._note_scaling
+        )
         self._last_beat_ns = 0
         self._stopping = threading.Event()
         self._ready = threading.Event()
@@ -224,15 +228,17 @@ class Link:
         if pixels is None or (tuple(result.shape), result.dtype) != (sent.shape, sent.dtype):
             reason = f"the worker answered {result.shape} {result.dtype}"
             wanted = f"wanted {sent.shape} {sent.dtype}"
-            self._answer(sent, RefocusOutcome.FAILED, f"{reason}, {wanted}")
+            self._answer(sent, RefocusOutcome.FAILED, f"{reason}, {wanted}", peer.maker)
             return
-        plane = Plane(pixels, result.clipped, peer.maker)
-        self._intake.answer(Answer(result.seq, RefocusOutcome.REFOCUSED, plane=plane))
+        plane = Plane(pixels, result.clipped)
+        self._intake.answer(
+            Answer(result.seq, RefocusOutcome.REFOCUSED, plane=plane, maker=peer.maker)
+        )
 
     def _fault(self, peer: Peer, fault: wire.Fault) -> None:
         sent = self._settle(peer, fault.seq)
         outcome = RefocusOutcome.REJECTED if fault.rejected else RefocusOutcome.FAILED
-        self._answer(sent, outcome, fault.reason)
+        self._answer(sent, outcome, fault.reason, peer.maker)
 
     def _settle(self, peer: Peer, seq: int) -> FrameHeader:
         header = peer.working.pop(seq, None)
@@ -289,7 +295,7 @@ class Link:
             try:
                 self._hand_out(peer, frame)
             except (RejectedError, WireError) as error:
-                self._answer(frame.header, RefocusOutcome.REJECTED, str(error))
+                self._answer(frame.header, RefocusOutcome.REJECTED, str(error), peer.maker)
             except BaseException:
                 self._answer(frame.header, RefocusOutcome.FAILED, "the link failed on it")
                 raise
@@ -309,8 +315,10 @@ class Link:
     def _note_scaling(self, channel: str, chosen: Scaling) -> None:
         self._intake.note(lambda run: run.note_scaling(channel, chosen.offset, chosen.scale))
 
-    def _answer(self, header: FrameHeader, outcome: RefocusOutcome, reason: str) -> None:
-        self._intake.answer(Answer(header.seq, outcome, reason))
+    def _answer(
+        self, header: FrameHeader, outcome: RefocusOutcome, reason: str, maker: Maker | None = None
+    ) -> None:
+        self._intake.answer(Answer(header.seq, outcome, reason, maker=maker))
 
     def _note(self, kind: str, **fields: object) -> None:
         self._intake.note(lambda run: run.note_event(kind, **fields))

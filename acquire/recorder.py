@@ -5,9 +5,14 @@
             acq.acquire(events)
 
 Entering makes the run on disk, starts the writer's thread, the link and the worker. Leaving waits a
-little for the frames that the engine still has, stops the worker, writes out every raw frame, seals
-the run, and raises RunError if a frame was lost. Whatever happens to the engine, raw frames land:
-without a usable model package or runtime the run is recorded raw only, and `trouble` says why.
+little for the frames that the engine still has, gives it for a while those that it was too busy for
+(acquire/again.py), stops the worker, writes out every raw frame, seals the run, and raises RunError
+if a frame was lost. Whatever happens to the engine, raw frames land: without a usable model package
+or runtime the run is recorded raw only, and `trouble` says why.
+
+A run that does not fit onto the disk is refused on entering (DiskError), or stopped at its first
+frame where nobody knew the size before. Whatever else fills the disk meanwhile: at the reserve the
+acquisition is stopped, what came is written, and leaving raises DiskError.
 
 Threads: Micro-Manager's own (the hooks), intake, writer, link, supervisor.
 """
@@ -17,7 +22,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -25,17 +30,22 @@ from typing import Any
 
 import msgspec
 
+from acquire.again import refocus_again, without_twin
 from acquire.engine_side import EngineSide, check_address, start_engine
+from acquire.forecast import Forecast, forecast
 from acquire.header import Hardware
 from acquire.hook import Hook
 from acquire.intake import Intake
 from acquire.interrupts import interrupts_deferred
 from acquire.sources.hardware import hardware_reader
+from acquire.trouble import Trouble
 from acquire.writing import Writing
 from refocus import status
-from refocus.errors import EngineError, PackageError, RunError
+from refocus.errors import DiskError, EngineError, PackageError, RunError
 from refocus.settings import Settings
+from store.guard import DiskGuard
 from store.layout import RunInfo
+from store.reader import open_run
 from store.writer import RunWriter
 
 log = logging.getLogger(__name__)
@@ -43,8 +53,8 @@ log = logging.getLogger(__name__)
 INTERRUPTED_DRAIN_S = 0.5
 """How long an interrupted run waits for the engine: the user wants to leave."""
 POLL_S = 0.02
-MOST_TROUBLE = 100
-"""Different lines of trouble kept; a run that goes wrong in more ways is described well enough."""
+USUAL_PIXEL_BYTES = 2
+"""Of a camera, while no frame has come."""
 
 
 class Recorder:
@@ -57,10 +67,13 @@ class Recorder:
         out: Path | str,
         micromanager_saves: bool = False,
         expected_shape: tuple[int, int] | None = None,
+        events: Iterable[Mapping[str, Any]] | None = None,
         read_hardware: Callable[[Mapping[str, Any]], Hardware] | None = None,
     ) -> None:
         """*out*: folder of the run, which must not exist yet.
 
+        *events*: those that will be acquired, where they are known before: they say how large the
+        run gets, and in which order its planes come.
         *micromanager_saves*: hand every frame on to Micro-Manager's own storage as well.
         *expected_shape* (y, x): the engine gets ready for it before the first frame.
         *read_hardware*: replaces the reading of Micro-Manager's core for an event (for other
@@ -68,9 +81,12 @@ class Recorder:
         """
         self.settings = settings or Settings()
         self.out = Path(out)
-        self._told: dict[str, int] = {}
-        self._lock = threading.Lock()
+        self._trouble = Trouble()
+        self._complain = self._trouble.tell
+        self._guard = DiskGuard(self.out, self.settings.store.reserve_mib * 2**20)
+        self._full = ""
         self._expected_shape = expected_shape
+        self._forecast: Forecast | None = forecast(events) if events is not None else None
         self._micromanager_saves = micromanager_saves
         self._run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
         self._intake = Intake(
@@ -154,14 +170,15 @@ class Recorder:
     @property
     def trouble(self) -> list[str]:
         """What went wrong so far, one line each, however often it did."""
-        with self._lock:
-            told = list(self._told.items())
-        return [line if times == 1 else f"{line} ({times} times)" for line, times in told]
+        return self._trouble.lines
 
     def __enter__(self) -> "Recorder":
         if self.started:
             raise RunError(f"run {self.out}: a recorder records one run; make another")
         check_address(self.settings)
+        y, x = self._expected_shape or (0, 0)
+        self._require_room(y * x * USUAL_PIXEL_BYTES)
+        stack_planes = self._forecast.stack_planes if self._forecast else None
         info = RunInfo(
             run_id=self._run_id,
             created_wall_ns=time.time_ns(),
@@ -171,9 +188,17 @@ class Recorder:
         with contextlib.ExitStack() as closing:
             # Inside the stack: a Ctrl-C that came meanwhile is raised where the run still closes.
             with interrupts_deferred():
-                self._run = RunWriter.create(self.out, info)
+                self._run = RunWriter.create(self.out, info, stack_planes=stack_planes)
                 closing.callback(self._seal)
-                self._writing = Writing(self._run, self._intake, self._raw_failed, self._complain)
+                self._writing = Writing(
+                    self._run,
+                    self._intake,
+                    self._guard,
+                    on_raw_saved=self._raw_saved,
+                    on_raw_failure=self._raw_failed,
+                    on_full=self._disk_full,
+                    on_trouble=self._complain,
+                )
                 closing.callback(self._writing.join)
                 closing.callback(self._intake.close)
                 self._intake.start()
@@ -213,7 +238,10 @@ class Recorder:
         self.stopping.set()  # an acquisition that still runs has nobody to record it any more
         with interrupts_deferred() as hurry:
             self._drain(hurry)
+            self._fill(hurry)
             self._closing.close()
+        if kind is None and self._full:
+            raise DiskError(f"run {self.out}: stopped: {self._full}")
         if kind is None and (finding := self._finding()):
             raise RunError(f"run {self.out}: {finding}")
 
@@ -222,10 +250,29 @@ class Recorder:
         limit_s = INTERRUPTED_DRAIN_S if self.interrupted else self.settings.acquire.drain_s
         deadline = time.monotonic() + limit_s
         while self._engine is not None and time.monotonic() < deadline and not hurry.is_set():
-            hopeless = self._engine.supervisor.gave_up.is_set() and not self._engine.link.workers
-            if hopeless or (self._writing.unanswered == 0 and self._intake.waiting_bytes == 0):
+            done = self._writing.unanswered == 0 and self._intake.waiting_bytes == 0
+            if done or self._engine.hopeless:
                 return
             time.sleep(POLL_S)
+
+    def _fill(self, hurry: threading.Event) -> None:
+        """Refocuses what was skipped, with an engine that has answered for all it was given."""
+        limit_s, engine = self.settings.acquire.fill_at_end_s, self._engine
+        if self.interrupted or engine is None or not limit_s or self._writing.unanswered:
+            return
+        try:
+            run = open_run(self.out)
+            refocus_again(
+                run,
+                without_twin(run),
+                self._intake,
+                self._writing,
+                engine,
+                stopped=lambda: hurry.is_set() or bool(self._full),
+                limit_s=limit_s,
+            )
+        except (RunError, OSError) as error:
+            self._complain(f"what was skipped stays so, `refocus fill` tries again: {error}")
 
     def _seal(self) -> None:
         """Last step, with all threads ended."""
@@ -261,16 +308,33 @@ class Recorder:
             return None
         return self._intake.received + self.expected.missing
 
+    def _require_room(self, plane_bytes: int) -> None:
+        """Raises DiskError where the run does not fit, as far as it is known."""
+        refocused = self.settings.engine.runtime != "none"
+        wanted, what = 0, "a run"
+        if self._forecast is not None:
+            what = f"a run of {self._forecast.frames} frames" + " and their twins" * refocused
+            if plane_bytes:
+                wanted = self._forecast.run_bytes(plane_bytes, refocused=refocused)
+        self._guard.require(wanted, what)
+
+    def _raw_saved(self, plane_bytes: int) -> None:
+        """Writer's thread. At the first frame it is known how large the others will be."""
+        if self._writing.frames > 1:
+            return
+        try:
+            self._require_room(plane_bytes)
+        except DiskError as error:
+            self._disk_full(str(error))
+
+    def _disk_full(self, reason: str) -> None:
+        """Writer's thread. Also where Micro-Manager saves: its storage may be on the same disk."""
+        if not self._full:
+            self._full = reason
+            self._complain(f"the acquisition is being stopped: {reason}")
+        self.stopping.set()
+
     def _raw_failed(self, reason: str) -> None:
         self._complain(f"a raw frame could not be saved: {reason}")
         if not self._micromanager_saves:
             self.stopping.set()  # going on would only expose the sample for nothing
-
-    def _complain(self, line: str) -> None:
-        with self._lock:
-            if line not in self._told and len(self._told) >= MOST_TROUBLE:
-                return
-            self._told[line] = self._told.get(line, 0) + 1
-            first = self._told[line] == 1
-        if first:
-            log.error(line)

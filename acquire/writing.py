@@ -3,6 +3,8 @@
 It is the only thread that touches the run. A raw frame is acknowledged when its write and its
 journal record are done. A frame that cannot be written is booked FAILED, the reason is told once,
 and the thread goes on: the next frame may be writable, and the journal must hear of every one.
+
+After every plane the disk guard is asked whether the run must stop.
 """
 
 import threading
@@ -12,10 +14,11 @@ from collections.abc import Callable
 from dataclasses import astuple
 
 from acquire.intake import Intake
-from acquire.items import Answer, Arrival, Item, Plane, Refused
+from acquire.items import Answer, Arrival, Item, Refused
 from refocus import status
 from refocus.errors import RefocusError
 from refocus.frame import RefocusOutcome
+from store.guard import DiskGuard
 from store.writer import Provenance, RunWriter
 
 LATENCIES = 2000
@@ -26,23 +29,32 @@ NO_RAW = "no raw frame was saved"
 class Writing:
     """Drains *intake* into *run* until the intake is closed.
 
-    From this thread: *on_raw_failure(reason)* for a raw frame that could not be saved,
-    *on_trouble(reason)* for anything else that went wrong.
+    From this thread: *on_raw_saved(bytes)* for a raw plane on disk, *on_raw_failure(reason)* for a
+    raw frame that could not be saved, *on_full(reason)* while the disk is too full, *on_trouble(
+    reason)* for anything else that went wrong.
     """
 
     def __init__(
         self,
         run: RunWriter,
         intake: Intake,
+        guard: DiskGuard,
+        *,
+        on_raw_saved: Callable[[int], None],
         on_raw_failure: Callable[[str], None],
+        on_full: Callable[[str], None],
         on_trouble: Callable[[str], None],
     ) -> None:
         self._run = run
         self._intake = intake
+        self._guard = guard
+        self._on_raw_saved = on_raw_saved
         self._on_raw_failure = on_raw_failure
+        self._on_full = on_full
         self._on_trouble = on_trouble
         self._unsaved: set[int] = set()
-        self._hook_times_ns: dict[int, int] = {}  # of frames whose refocusing has no answer yet
+        # Of frames whose refocusing has no answer yet; 0: read back from the disk.
+        self._hook_times_ns: dict[int, int] = {}
         self._latencies_ns: deque[int] = deque(maxlen=LATENCIES)
         self.frames = 0
         """Raw frames taken, saved or not."""
@@ -57,8 +69,16 @@ class Writing:
 
     @property
     def unanswered(self) -> int:
-        """Raw frames taken whose refocusing has no outcome yet."""
+        """Frames taken, or expected again, whose refocusing has no outcome yet."""
         return len(self._hook_times_ns)
+
+    def expect_again(self, seq: int) -> None:
+        """Any thread: a frame that is on disk goes to the engine once more."""
+        self._hook_times_ns[seq] = 0
+
+    def forget(self, seq: int) -> None:
+        """Any thread: a frame expected again did not go to the engine after all."""
+        self._hook_times_ns.pop(seq, None)
 
     def latency(self) -> status.Latency | None:
         """Percentiles from the hook to the refocused plane on disk."""
@@ -92,39 +112,55 @@ class Writing:
         self.last_frame_ns = header.hook_time_ns
         try:
             self._run.write_raw(arrival.frame, arrival.tags)
+            self._on_raw_saved(arrival.frame.pixels.nbytes)
         except (RefocusError, OSError) as error:
             self._unsaved.add(header.seq)
             self._on_raw_failure(_cause(error))
         finally:
             self._intake.settled(arrival)
+        self._watch_disk(arrival.frame.pixels.nbytes)
 
     def _answer(self, answer: Answer) -> None:
-        # 0: the second answer for this frame, LATE after LOST.
-        hook_time_ns = self._hook_times_ns.pop(answer.seq, 0)
-        if answer.plane is None:
-            self._run.book_refocus(answer.seq, answer.outcome, answer.reason)
-            return
         try:
-            if answer.seq in self._unsaved:
+            if answer.plane is not None and answer.seq in self._unsaved:
                 self._run.book_refocus(answer.seq, RefocusOutcome.FAILED, NO_RAW)
             else:
-                self._refocused(answer.seq, answer.plane, hook_time_ns)
+                self._book(answer, self._generator(answer))
         finally:
-            self._intake.plane_settled()
+            # Last, so that what has an outcome is in the journal. Absent at the second answer for
+            # a frame, LATE after LOST.
+            self._hook_times_ns.pop(answer.seq, None)
+            if answer.plane is not None:
+                self._intake.plane_settled()
 
-    def _refocused(self, seq: int, plane: Plane, hook_time_ns: int) -> None:
+    def _generator(self, answer: Answer) -> int:
+        """Number in the run of the generator that gave the answer, 0 where none did."""
+        if answer.maker is None:
+            return 0
         try:
-            generator = self._run.note_generator(*astuple(plane.maker))
+            return self._run.note_generator(*astuple(answer.maker))
         except RefocusError as error:
-            self._run.book_refocus(seq, RefocusOutcome.FAILED, _cause(error))
+            self._run.book_refocus(answer.seq, RefocusOutcome.FAILED, _cause(error))
             raise
+
+    def _book(self, answer: Answer, generator: int) -> None:
+        if answer.plane is None:
+            self._run.book_refocus(answer.seq, answer.outcome, answer.reason, generator=generator)
+            return
+        hook_time_ns = self._hook_times_ns.get(answer.seq, 0)
         made = Provenance(
             generator=generator,
-            latency_ns=time.monotonic_ns() - hook_time_ns,
-            clipped=plane.clipped,
+            latency_ns=time.monotonic_ns() - hook_time_ns if hook_time_ns else 0,
+            clipped=answer.plane.clipped,
         )
-        self._run.write_refocused(seq, plane.pixels, made)
-        self._latencies_ns.append(time.monotonic_ns() - hook_time_ns)
+        self._run.write_refocused(answer.seq, answer.plane.pixels, made)
+        if hook_time_ns:
+            self._latencies_ns.append(time.monotonic_ns() - hook_time_ns)
+        self._watch_disk(answer.plane.pixels.nbytes)
+
+    def _watch_disk(self, nbytes: int) -> None:
+        if reason := self._guard.wrote(nbytes):
+            self._on_full(reason)
 
 
 def _cause(error: Exception) -> str:

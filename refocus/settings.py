@@ -30,6 +30,13 @@ class AcquireSettings(_Section, frozen=True, kw_only=True):
     raw_stall_ms: int = 500
     refocus_slot_frames: int = 4
     drain_s: float = 10.0
+    fill_at_end_s: float = 10.0
+
+
+class StoreSettings(_Section, frozen=True, kw_only=True):
+    """The run on disk."""
+
+    reserve_mib: int = 2048
 
 
 class EngineSettings(_Section, frozen=True, kw_only=True):
@@ -68,6 +75,7 @@ class Settings(_Section, frozen=True, kw_only=True):
     """Everything that can be set, section by section as in config.toml."""
 
     acquire: AcquireSettings = AcquireSettings()
+    store: StoreSettings = StoreSettings()
     engine: EngineSettings = EngineSettings()
     link: LinkSettings = LinkSettings()
     optics: OpticsSettings = OpticsSettings()
@@ -79,6 +87,8 @@ _AT_LEAST: dict[tuple[str, str], float] = {
     ("acquire", "raw_stall_ms"): 0,
     ("acquire", "refocus_slot_frames"): 1,
     ("acquire", "drain_s"): 0,
+    ("acquire", "fill_at_end_s"): 0,
+    ("store", "reserve_mib"): 0,
     ("engine", "threads"): 0,
     ("engine", "frame_timeout_ms"): 1,
     ("engine", "warmup_timeout_ms"): 1,

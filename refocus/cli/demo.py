@@ -67,9 +67,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise RunError(f"{out}: exists already; give a folder that does not")
     with _progress(arguments.json) as progress:
         microscope = _simulate(arguments, progress)
-        recorder = Recorder(settings, out=out, expected_shape=(side, side))
+        events = microscope.events(arguments.frames)
+        recorder = Recorder(settings, out=out, expected_shape=(side, side), events=events)
         try:
-            _acquire(microscope, recorder, arguments.frames, progress)
+            _acquire(microscope, recorder, events, progress)
         except RunError as error:
             if not recorder.started:
                 raise
@@ -104,34 +105,44 @@ def _simulate(arguments: argparse.Namespace, progress: "Progress") -> "DemoMicro
 
 
 def _acquire(
-    microscope: "DemoMicroscope", recorder: "Recorder", frames: int, progress: "Progress"
+    microscope: "DemoMicroscope", recorder: "Recorder", events: list[Any], progress: "Progress"
 ) -> None:
     from acquire.sources import acquisition
 
-    events = microscope.events(frames)
-    # The signals first: a Ctrl-C at any moment from here on ends in a closed run.
-    with acquisition.signals_set(recorder.stopping), microscope, recorder:
+    # The signals first: a Ctrl-C at any moment from here on ends in a closed run. What follows the
+    # recorder goes around it, because leaving it refocuses what was skipped.
+    with (
+        acquisition.signals_set(recorder.stopping),
+        microscope,
+        _following(recorder, progress, len(events)),
+        recorder,
+    ):
         waiting = progress.add_task("starting the engine", total=None, note="")
         recorder.wait_for_engine(ENGINE_READY_S)
         progress.remove_task(waiting)
         hooks = recorder.hooks()
         hooks["image_process_fn"] = microscope.wrap(hooks["image_process_fn"])
-        with _following(recorder, progress, len(events)):
-            acquisition.run(events, hooks, stop=recorder.stopping)
+        acquisition.run(events, hooks, stop=recorder.stopping)
 
 
 @contextlib.contextmanager
 def _following(recorder: "Recorder", progress: "Progress", total: int) -> Iterator[None]:
-    """Shows the recorder's status until the acquisition is over."""
-    task = progress.add_task("acquiring", total=total, note="")
+    """Shows the recorder's status until the run is closed."""
+    task = progress.add_task("acquiring", total=total, note="", visible=False)
     done = threading.Event()
 
     def follow() -> None:
         while not done.wait(REFRESH_S):
-            status = recorder.status()
+            status = recorder.status() if recorder.started else None
+            if status is None or not status.received:
+                continue
             counts = status.counts
             note = f"saved {counts.saved}, refocused {counts.refocused}, skipped {counts.skipped}"
-            progress.update(task, completed=status.received, note=note)
+            acquired = status.received >= total
+            what = "refocusing the skipped" if acquired and counts.skipped else "acquiring"
+            progress.update(
+                task, description=what, completed=status.received, note=note, visible=True
+            )
 
     thread = threading.Thread(target=follow, name="demo-progress")
     thread.start()

@@ -1,0 +1,276 @@
+"""Refocuses what has no twin yet in a run that was closed or recovered: `refocus fill`.
+
+Which planes, and how they get to the engine, says acquire/again.py. The run decides what becomes of
+them, not the settings of the day: its own generator by package hash, its scalings bit for bit, the
+modality of its channels. Where the user names another generator, that one makes the missing twins,
+and planes that the run's own rejected are given to it, too.
+
+Planes that come back without an answer (their worker died) are given again as long as that makes
+them fewer, so one that kills every worker ends the call instead of repeating it for ever.
+
+`fill` can be stopped or killed at any moment: what it refocused is acknowledged plane by plane, and
+the next call goes on with what is left. Where nothing is left it writes nothing.
+"""
+
+import contextlib
+import hashlib
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Set
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from acquire.again import Progress, refocus_again, without_twin
+from acquire.engine_side import EngineSide, check_address, start_engine
+from acquire.intake import Intake
+from acquire.trouble import Trouble
+from acquire.writing import Writing
+from engine import package
+from engine.package import Package
+from engine.scaling import Scaling
+from refocus.errors import EngineError, LockedError, PackageError, SettingsError
+from refocus.frame import RefocusOutcome
+from refocus.settings import ChannelSettings, EngineSettings, Settings
+from store.guard import DiskGuard
+from store.reader import Run, State, open_run
+from store.records import Kind, Record
+from store.writer import RunWriter
+
+UNANSWERED = (RefocusOutcome.SKIPPED, RefocusOutcome.LATE, RefocusOutcome.LOST)
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """What became of the planes that had no twin."""
+
+    planes: int
+    filled: int
+    rejected: int
+    failed: int
+    left: int
+    """Without an answer: the engine is gone, or the call was ended before."""
+    reasons: dict[str, int]
+    """Why, of those rejected, failed and left."""
+    generator: str
+    """Name, version and start of the hash; empty where there was nothing to do."""
+    full: str
+    """Why the disk guard ended it; empty where it did not."""
+    trouble: list[str]
+
+
+def fill(
+    path: Path,
+    settings: Settings,
+    *,
+    generator: str | None = None,
+    stop: threading.Event | None = None,
+    limit_s: float = math.inf,
+    progress: Progress = lambda _done, _total: None,
+) -> Filled:
+    """Refocus what has no twin in the run at *path*, until *stop* is set or *limit_s* are over.
+
+    *settings* say what runs the generator (engine, threads, timeouts, reserve); the rest is the
+    run's own, except for *generator*, a name or folder. Raises RunError where there is no run or
+    it was never sealed, LockedError where it is being written, PackageError where the generator
+    cannot be had, SettingsError where the settings want no engine, DiskError where the planes do
+    not fit.
+    """
+    run = open_run(path)
+    if run.state is State.LIVE:
+        raise LockedError(f"{path}: this run is being written; fill it when it is closed")
+    chosen = package.load(package.find(generator)) if generator is not None else None
+    todo = without_twin(run, chosen.hash if chosen else None)
+    if not todo:
+        return _sum_up(run, set(), None, "", [])
+    if settings.engine.runtime == "none":
+        raise SettingsError(
+            "fill: [engine] runtime = none refocuses nothing; say --engine auto, or change it"
+        )
+    check_address(settings)
+    chosen, tries_rejected = chosen or own_package(run), chosen is not None
+    filling = _Filling(path, chosen, settings)
+    filling.guard.require(_plane_bytes(run, todo), f"the twins of {len(todo)} planes")
+    return filling.run(tries_rejected, stop or threading.Event(), limit_s, progress)
+
+
+def own_package(run: Run) -> Package:
+    """The generator that *run* was begun with; where none has worked yet, the one it was set to.
+
+    Raises PackageError where it is not on this computer as it was.
+    """
+    named = str(_settings_of(run, "engine").get("generator") or EngineSettings().generator)
+    line = min(run.notes.generators.values(), key=lambda found: found.number, default=None)
+    if line is None:
+        return package.load(package.find(named))
+    folders = [found.parent for found in sorted(package.SHIPPED.glob(f"*/{package.MANIFEST}"))]
+    with contextlib.suppress(PackageError):
+        folders.append(package.find(named))
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            manifest = (folder / package.MANIFEST).read_bytes()
+            if hashlib.sha256(manifest).hexdigest() == line.package_hash:
+                return package.load(folder)
+    raise PackageError(
+        f"{run.path} was refocused by {line.name} {line.version} ({line.package_hash[:12]}), which "
+        f"neither ships with this Refocus nor lies at {named!r}; name its folder, or another "
+        "generator, with --generator"
+    )
+
+
+def _settings_of(run: Run, section: str) -> dict[str, object]:
+    """A section of the settings that the run was recorded with, as they were written then."""
+    found = run.notes.info.settings.get(section) if run.notes.info else None
+    return found if isinstance(found, dict) else {}
+
+
+def _channels(run: Run) -> dict[str, ChannelSettings]:
+    """What was said of the run's channels; a newer Refocus may have said more."""
+    return {
+        name: msgspec.convert({"modality": body.get("modality")}, ChannelSettings)
+        for name, body in _settings_of(run, "channels").items()
+        if isinstance(body, dict)
+    }
+
+
+class _Filling:
+    """One run while it is filled: writer, link and worker behind an intake without a hook."""
+
+    def __init__(self, path: Path, chosen: Package, settings: Settings) -> None:
+        self._path = path
+        self._package = chosen
+        self._settings = settings
+        self.guard = DiskGuard(path, settings.store.reserve_mib * 2**20)
+        self._trouble = Trouble()
+        self._full = ""
+
+    def run(
+        self, tries_rejected: bool, stop: threading.Event, limit_s: float, progress: Progress
+    ) -> Filled:
+        deadline = time.monotonic() + limit_s
+        with contextlib.ExitStack() as closing:
+            writer = RunWriter.reopen(self._path)
+            closing.callback(writer.reseal)
+            run = open_run(self._path)  # again: this time nobody else writes
+            todo = without_twin(run, self._package.hash if tries_rejected else None)
+            intake, writing, engine = self._start(run, writer, todo, closing)
+            left = todo
+            while engine is not None:
+                refocus_again(
+                    run,
+                    left,
+                    intake,
+                    writing,
+                    engine,
+                    stopped=lambda: stop.is_set() or bool(self._full),
+                    limit_s=deadline - time.monotonic(),
+                    progress=lambda done, total: progress(len(todo) - total + done, len(todo)),
+                )
+                run, before = open_run(self._path), left
+                left = {seq for seq in before if _is_unanswered(run.record(seq, Kind.REFOCUS))}
+                halted = stop.is_set() or self._full or time.monotonic() > deadline
+                if not left or len(left) == len(before) or halted or engine.hopeless:
+                    break
+        return _sum_up(open_run(self._path), todo, self._package, self._full, self._trouble.lines)
+
+    def _start(
+        self, run: Run, writer: RunWriter, todo: Set[int], closing: contextlib.ExitStack
+    ) -> tuple[Intake, Writing, EngineSide | None]:
+        """Everything behind the hook, as the recorder starts it, with the run's own scalings."""
+        acquire = self._settings.acquire
+        intake = Intake(
+            run.notes.info.run_id if run.notes.info else "",
+            raw_queue_bytes=0,
+            raw_stall_ms=0,
+            slot_frames=acquire.refocus_slot_frames,
+            on_trouble=self._trouble.tell,
+        )
+        writing = Writing(
+            writer,
+            intake,
+            self.guard,
+            on_raw_saved=lambda _: None,
+            on_raw_failure=self._trouble.tell,
+            on_full=self._disk_full,
+            on_trouble=self._trouble.tell,
+        )
+        closing.callback(writing.join)
+        closing.callback(intake.close)
+        intake.start()
+        settings = msgspec.structs.replace(
+            self._settings,
+            channels=_channels(run),
+            engine=msgspec.structs.replace(
+                self._settings.engine, generator=str(self._package.folder)
+            ),
+        )
+        scalings = {
+            name: Scaling(line.offset, line.scale) for name, line in run.notes.scalings.items()
+        }
+        engine = None
+        try:
+            engine = start_engine(
+                settings,
+                intake,
+                self._path,
+                _first_shape(run, todo),
+                self._trouble.tell,
+                scalings=scalings,
+            )
+        except (EngineError, OSError) as error:
+            self._trouble.tell(f"nothing can be refocused: {error}")
+        if engine is not None:
+            closing.callback(engine.close)
+        closing.callback(intake.end)
+        return intake, writing, engine
+
+    def _disk_full(self, reason: str) -> None:
+        self._full = self._full or reason
+
+
+def _is_unanswered(record: Record | None) -> bool:
+    return record is None or record.outcome in UNANSWERED
+
+
+def _plane_bytes(run: Run, seqs: Set[int]) -> int:
+    """Bytes that the twins of these planes take."""
+    planes = Counter(r.image // 2 for r in run.records(Kind.RAW) if r.seq in seqs)
+    pairs = run.notes.pairs
+    return sum(
+        count * math.prod(pairs[pair].shape) * np.dtype(pairs[pair].dtype).itemsize
+        for pair, count in planes.items()
+    )
+
+
+def _first_shape(run: Run, seqs: Set[int]) -> tuple[int, int] | None:
+    first = next((r for r in run.records(Kind.RAW) if r.seq in seqs), None)
+    return run.notes.pairs[first.image // 2].shape if first else None
+
+
+def _sum_up(
+    run: Run, seqs: Set[int], chosen: Package | None, full: str, trouble: list[str]
+) -> Filled:
+    outcomes: Counter[RefocusOutcome] = Counter()
+    reasons: Counter[str] = Counter()
+    for seq in seqs:
+        record = run.record(seq, Kind.REFOCUS)
+        outcome = RefocusOutcome(record.outcome) if record else RefocusOutcome.SKIPPED
+        outcomes[outcome] += 1
+        if record and outcome is not RefocusOutcome.REFOCUSED:
+            reasons[run.reason(record)] += 1
+    manifest = chosen.manifest if chosen else None
+    return Filled(
+        planes=len(seqs),
+        filled=outcomes[RefocusOutcome.REFOCUSED],
+        rejected=outcomes[RefocusOutcome.REJECTED],
+        failed=outcomes[RefocusOutcome.FAILED],
+        left=sum(outcomes[outcome] for outcome in UNANSWERED),
+        reasons=dict(reasons),
+        generator=f"{manifest.name} {manifest.version}" if manifest else "",
+        full=full,
+        trouble=trouble,
+    )
