@@ -199,10 +199,46 @@ def _probe_file(folder: Path) -> Iterator[tuple[int, Path]]:
 
 
 def aligned_memory(nbytes: int) -> npt.NDArray[np.uint8]:
-    """Zeros at the start of a page of memory."""
-    return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+    """Zeros at the start of a page of memory; of a large page, where the system has them.
+
+    A disk that reads from large pages gets fewer and longer pieces: up to twice the rate.
+    """
+    if sys.platform == "win32":
+        return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel built without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
 
 
 def is_aligned(data: npt.NDArray[np.uint8]) -> bool:
     """Whether a write of *data* can pass by the page cache as it is."""
     return data.ctypes.data % PAGE == 0 and data.nbytes % PAGE == 0
+
+
+def rename(path: Path, to: Path) -> None:
+    """Give a file or folder a name that is free."""
+    os.rename(path, to)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder with all that is in it; nothing where there is none."""
+    if not path.is_dir():
+        return
+    for child in list(path.iterdir()):
+        if child.is_dir():
+            remove_tree(child)
+        else:
+            os.unlink(child)
+    os.rmdir(path)
+
+
+def sync_tree(path: Path) -> None:
+    """Make a folder with all that is in it survive a power cut. Raises OSError."""
+    for child in list(path.iterdir()):
+        if child.is_dir():
+            sync_tree(child)
+        else:
+            sync(child)
+    sync(path)

@@ -98,6 +98,11 @@ class Images:
         """Begin to store the twin of a raw plane that is there."""
         return self._put(self._pairs[place.pair].refocused, place, pixels)
 
+    def shards(self, pair: Pair) -> tuple[int, int] | None:
+        """Planes of a shard of this pair along t and z; None where a plane is a file."""
+        grid = self._pairs[pair.number].raw.grid
+        return (grid.t, grid.z) if grid else None
+
     def finish(self) -> None:
         """Cut all shapes to what is there and write the final metadata. Raises OSError."""
         self._drain()
@@ -116,12 +121,12 @@ class Images:
         self._shards.close()
 
     def _put(self, array: PlaneArray, place: Place, pixels: Pixels) -> Put:
-        stored = array.stored(pixels)
-        done = self._lane.submit(array.write, place.t, place.c, place.z, stored)
+        staged = array.stage(pixels)
+        done = self._lane.submit(array.write, place.t, place.c, place.z, staged)
         grid = array.grid
         if grid is not None and grid.slot(place.t, place.z) == grid.slots // 2:
             self._lane.submit(array.prepare_next, place.t, place.c, place.z)
-        return Put(stored, done)
+        return Put(staged.pixels, done)
 
     def _drain(self) -> None:
         self._lane.submit(lambda: None).result()

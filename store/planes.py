@@ -26,7 +26,7 @@ import zarr
 from refocus.errors import RunError
 from refocus.frame import Pixels
 from store import disk
-from store.shards import Grid, Shards, read_plane
+from store.shards import Grid, Shards, Staged, read_plane
 
 AXES = ("t", "c", "z", "y", "x")
 T_BLOCK = 64
@@ -104,10 +104,19 @@ class PlaneArray:
         t, c, z, y, x = self._metadata["shape"]
         return t, c, z, y, x
 
+    @property
+    def dtype(self) -> str:
+        """uint8, uint16 or float32."""
+        return str(self._metadata["data_type"])
+
+    def holds(self, t: int, c: int, z: int) -> bool:
+        """Whether these indices lie within the shape."""
+        return t < self.shape[0] and c < self.shape[1] and z < self.shape[2]
+
     def cover(self, t: int, c: int, z: int) -> None:
         """Grow the shape where it does not hold a plane at these indices. Raises OSError."""
         old = self.shape[:3]
-        if t < old[0] and c < old[1] and z < old[2]:
+        if self.holds(t, c, z):
             return
         t_block, z_block = (self.grid.t, self.grid.z) if self.grid else (T_BLOCK, Z_BLOCK)
         self._reshape((_grown(old[0], t, t_block), max(old[1], c + 1), _grown(old[2], z, z_block)))
@@ -120,22 +129,22 @@ class PlaneArray:
             if self._shards is not None and self._begins_beyond(path, t, z):
                 self._shards.remove(path)
 
-    def stored(self, pixels: Pixels) -> Pixels:
-        """*pixels* as they are stored: C-contiguous, little endian; a copy only where need be."""
-        return np.ascontiguousarray(pixels, dtype=self._dtype)
+    def stage(self, pixels: Pixels) -> Staged:
+        """Make a plane (y, x) ready for `write`; a copy only where it must be one."""
+        stored: Pixels = np.ascontiguousarray(pixels, dtype=self._dtype)
+        if self.grid is None or self._shards is None:
+            return Staged(stored, stored.reshape(-1).view(np.uint8))
+        return self._shards.stage(stored, self.grid)
 
-    def write(self, t: int, c: int, z: int, stored: Pixels) -> None:
-        """Store a plane (y, x) that `stored` has made.
-
-        From the return on the plane survives a kill of this process. Raises OSError.
-        """
+    def write(self, t: int, c: int, z: int, staged: Staged) -> None:
+        """Store a plane. From the return on it survives a kill of this process. Raises OSError."""
         assert self._shards is not None, f"{self._folder} is open for reading"
         self.cover(t, c, z)
         if self.grid is None:
-            self._by_zarr("r+")[t, c, z] = stored
+            self._by_zarr("r+")[t, c, z] = staged.pixels
         else:
             path = self.shard_file(t, c, z)
-            self._shards.put(path, self.grid, self.grid.slot(t, z), stored)
+            self._shards.put(path, self.grid, self.grid.slot(t, z), staged)
 
     def prepare_next(self, t: int, c: int, z: int) -> None:
         """Make the shard that follows the one of this plane along t. Raises OSError."""
@@ -148,7 +157,7 @@ class PlaneArray:
         Whether what lies there is a plane is for the journal to say. Raises RunError for indices
         outside the shape, where no other program sees it, and for what cannot be read.
         """
-        if not (t < self.shape[0] and c < self.shape[1] and z < self.shape[2]):
+        if not self.holds(t, c, z):
             raise RunError(f"{self._folder}: shape {self.shape} does not hold t{t}/c{c}/z{z}")
         if self.grid is not None:
             return read_plane(self.shard_file(t, c, z), self.grid, self.grid.slot(t, z))

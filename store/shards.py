@@ -20,10 +20,11 @@ rebuilds it from the journal.
 
 import errno
 import math
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,8 @@ DIRECT_FROM_BYTES = 1 << 20
 """Smaller planes gain nothing from passing by the page cache."""
 MAX_OPEN = 128
 """Shards held open for writing, the latest ones: two descriptors each, of the usual 1024."""
+STAGED = 3
+"""Planes that lie ready at once: one being written, one waiting, one being made ready."""
 _ABSENT = 2**64 - 1
 _CRC_BYTES = 4
 
@@ -173,6 +176,15 @@ def _decode(content: bytes, grid: Grid, path: Path) -> Index | None:
     return np.frombuffer(body, "<u8").astype(np.uint64).reshape(grid.slots, 2)
 
 
+class Staged(NamedTuple):
+    """A plane ready to be written."""
+
+    pixels: Pixels
+    """(y, x), as it will lie on disk."""
+    pages: npt.NDArray[np.uint8]
+    """Its bytes; for a direct write in whole pages, zeros behind the plane."""
+
+
 class _Shard:
     """One shard open for writing."""
 
@@ -198,16 +210,19 @@ class _Shard:
             self.close()
             raise
 
-    def put(self, slot: int, plane: npt.NDArray[np.uint8], padded: npt.NDArray[np.uint8]) -> None:
-        """Write a *plane* (*padded* to whole pages, for a direct write), then list it."""
+    def put(self, slot: int, staged: "Staged") -> None:
+        """Write a plane, then list it."""
         if self._direct is None:
-            disk.write_at(self._file, plane, slot * self._grid.stride)
+            disk.write_at(self._file, staged.pages[: self._grid.plane_bytes], self._offset(slot))
         else:
-            disk.write_at(self._direct, padded, slot * self._grid.stride)
+            disk.write_at(self._direct, staged.pages, self._offset(slot))
         index = self._index.copy()
-        index[slot] = slot * self._grid.stride, self._grid.plane_bytes
+        index[slot] = self._offset(slot), self._grid.plane_bytes
         disk.write_at(self._file, _encode(index), self._grid.index_offset)
         self._index = index
+
+    def _offset(self, slot: int) -> int:
+        return slot * self._grid.stride
 
     def close(self) -> None:
         disk.close(self._file)
@@ -216,7 +231,7 @@ class _Shard:
 
 
 class Shards:
-    """All shards of a run that are open for writing. One thread calls, whichever it is.
+    """All shards of a run that are open for writing. One thread stages, one at a time does the rest.
 
     *on_change(path)* hears of every file and folder that is not durable as it is now.
     """
@@ -228,20 +243,36 @@ class Shards:
         """Without sparse files a shard takes all its room at once: better none."""
         self._direct = disk.takes_direct_writes(folder)
         self._open: OrderedDict[Path, _Shard] = OrderedDict()
-        self._page_aligned = disk.aligned_memory(disk.PAGE)
+        self._memory: deque[npt.NDArray[np.uint8]] = deque()
 
-    def put(self, path: Path, grid: Grid, slot: int, pixels: Pixels) -> None:
-        """Write a plane (y, x), C-contiguous, little endian, into its slot. Raises OSError."""
+    def stage(self, pixels: Pixels, grid: Grid) -> Staged:
+        """Make a plane (y, x) ready to be written; a copy only where it must be one.
+
+        A copy is good until STAGED more planes have been staged.
+        """
         plane = pixels.reshape(-1).view(np.uint8)
+        if disk.is_aligned(plane) or not self._goes_direct(grid):
+            return Staged(pixels, plane)
+        memory = self._memory.popleft() if len(self._memory) == STAGED else plane[:0]
+        if memory.size < grid.stride:
+            memory = disk.aligned_memory(grid.stride)
+        self._memory.append(memory)
+        memory[: plane.size] = plane
+        memory[plane.size : grid.stride] = 0
+        copy = memory[: plane.size].view(pixels.dtype).reshape(grid.shape)
+        return Staged(copy, memory[: grid.stride])
+
+    def put(self, path: Path, grid: Grid, slot: int, staged: Staged) -> None:
+        """Write a plane into its slot. Raises OSError."""
         self.changed(path)
         try:
-            self._shard(path, grid).put(slot, plane, self._padded(plane, grid))
+            self._shard(path, grid).put(slot, staged)
         except OSError as error:
             if error.errno != errno.EINVAL or not self._direct:
                 raise
             self._direct = False  # direct writes work in one place and not in another
             self.close()
-            self._shard(path, grid).put(slot, plane, plane)
+            self._shard(path, grid).put(slot, staged)
 
     def prepare(self, path: Path, grid: Grid) -> None:
         """Make a shard before its first plane comes. Raises OSError."""
@@ -262,20 +293,12 @@ class Shards:
     def _shard(self, path: Path, grid: Grid) -> _Shard:
         shard = self._open.get(path)
         if shard is None:
-            direct = self._direct and grid.plane_bytes >= DIRECT_FROM_BYTES
-            shard = self._open[path] = _Shard(path, grid, direct=direct)
+            shard = self._open[path] = _Shard(path, grid, direct=self._goes_direct(grid))
             self.changed(path.parent)
             if len(self._open) > MAX_OPEN:
                 self._open.popitem(last=False)[1].close()
         self._open.move_to_end(path)
         return shard
 
-    def _padded(self, plane: npt.NDArray[np.uint8], grid: Grid) -> npt.NDArray[np.uint8]:
-        """*plane* in whole pages at the start of a page: itself, or a copy where it is not so."""
-        if disk.is_aligned(plane) or not self._direct:
-            return plane
-        if self._page_aligned.size < grid.stride:
-            self._page_aligned = disk.aligned_memory(grid.stride)
-        self._page_aligned[: plane.size] = plane
-        self._page_aligned[plane.size : grid.stride] = 0
-        return self._page_aligned[: grid.stride]
+    def _goes_direct(self, grid: Grid) -> bool:
+        return self._direct and grid.plane_bytes >= DIRECT_FROM_BYTES
