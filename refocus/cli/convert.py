@@ -15,6 +15,7 @@ from refocus.errors import SettingsError
 if TYPE_CHECKING:
     from store.export import Export, Exported
     from store.export_images import What
+    from store.finish import Finish
 
 WHAT: "dict[str, tuple[What, ...]]" = {
     "raw": ("raw",),
@@ -56,6 +57,22 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     export.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
     export.set_defaults(run=_export)
 
+    finish = subparsers.add_parser(
+        "finish",
+        help="build the pyramids of a run, and compress it if asked",
+        description="Add smaller copies of every plane to a closed run, so that viewers open it "
+        "fast; with --compress also compress its planes, each checked before the old one goes. "
+        "May be stopped and repeated at any time. Refocus what is missing first (refocus fill).",
+    )
+    finish.add_argument("path", metavar="RUN", type=Path, help="the run's folder")
+    finish.add_argument(
+        "--compress",
+        action="store_true",
+        help="compress the planes in place; nothing is lost",
+    )
+    finish.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    finish.set_defaults(run=_finish)
+
 
 def _export(arguments: argparse.Namespace) -> int:
     from store.export import export
@@ -77,6 +94,38 @@ def _export(arguments: argparse.Namespace) -> int:
     else:
         print(_summary(done))
     return 1 if done.damage else 0
+
+
+def _finish(arguments: argparse.Namespace) -> int:
+    from store.finish import finish
+
+    _require_run(arguments.path)
+    with _progress_bar("finishing") as progress:
+        done = finish(arguments.path, compress=arguments.compress, progress=progress)
+    if arguments.json:
+        import msgspec
+
+        print(msgspec.json.encode(done).decode())
+    else:
+        print(_finished(arguments.path, done))
+    return 0
+
+
+def _finished(path: Path, done: "Finish") -> str:
+    new = any(image.built or image.packed for image in done.images)
+    lines = [f"{path}: {'finished' if new else 'nothing to do'}"]
+    for image in done.images:
+        sizes = ", ".join(f"{x}x{y}" for y, x in image.levels) or "none, its planes are small"
+        line = f"  {image.image}: {image.planes} planes; smaller copies: {sizes}"
+        if image.compressed:
+            before, after = image.plane_bytes / 2**20, image.stored_bytes / 2**20
+            line += f"; compressed from {before:.1f} to {after:.1f} MiB"
+        lines.append(line)
+    if done.fillable:
+        lines.append(
+            f"  note: {done.fillable} planes have no twin yet; after refocus fill, finish again"
+        )
+    return "\n".join(lines)
 
 
 def _summary(done: "Export") -> str:

@@ -1,0 +1,99 @@
+"""The pyramid of one image of a sealed run: arrays "1", "2", ... beside "0", listed when complete.
+
+Levels grow in hidden folders, all in one pass over the planes, and are renamed and then listed in
+the image's group when they are whole: the run is valid at every moment. Levels that were made of
+other planes than the journal has now (a later `refocus fill`) are unlisted, then made anew.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from store import disk, pyramid
+from store.packing import Block, Packed, Source, blocks, made_from, within
+
+
+def shapes(source: Source) -> list[tuple[int, int]]:
+    """(y, x) of levels 1, 2, ...; none for small planes, and for an image without a plane."""
+    y, x = source.array.shape[3:]
+    return pyramid.level_shapes(y, x)[1:] if source.planes else []
+
+
+def are_built(source: Source) -> bool:
+    """Whether all levels are there and listed."""
+    count = len(shapes(source))
+    whole = all(made_from(_level(source, k)) == source.digest for k in range(1, count + 1))
+    return whole and len(_datasets(_group(source))) == count + 1
+
+
+def build(source: Source, tell: Callable[[], None]) -> None:
+    """Make what is missing; *tell* is called for every plane. Raises OSError, RunError."""
+    wanted = shapes(source)
+    missing = [
+        k for k in range(1, len(wanted) + 1) if made_from(_level(source, k)) != source.digest
+    ]
+    if missing:
+        _list(source, 0)
+        for k in missing:
+            disk.remove_tree(_level(source, k))
+        _make(source, {k: wanted[k - 1] for k in missing}, tell)
+    _list(source, len(wanted))
+
+
+def _make(source: Source, levels: dict[int, tuple[int, int]], tell: Callable[[], None]) -> None:
+    largest = shapes(source)[0]
+    packed = {
+        k: Packed.begin(_partial(source, k), source, shape, largest, ".")
+        for k, shape in levels.items()
+    }
+    for block in blocks(source, largest):
+        if not all(level.has(block) for level in packed.values()):
+            _make_block(source, block, packed)
+        for _ in block.slots:
+            tell()
+    for k, level in packed.items():
+        disk.sync_tree(level.path)
+        disk.rename(level.path, _level(source, k))
+    disk.sync(source.folder)
+
+
+def _make_block(source: Source, block: Block, packed: dict[int, Packed]) -> None:
+    planes = {k: level.empty(block) for k, level in packed.items()}
+    for slot in block.slots:
+        plane = source.read(slot)
+        for k in range(1, max(packed) + 1):
+            plane = pyramid.halved(plane)
+            if k in planes:
+                planes[k][within(block, slot)] = plane
+    for k, level in packed.items():
+        level.put(block, planes[k])
+
+
+def _level(source: Source, level: int) -> Path:
+    return source.folder / str(level)
+
+
+def _partial(source: Source, level: int) -> Path:
+    return source.folder / f".{level}.partial"
+
+
+def _group(source: Source) -> Any:
+    return json.loads((source.folder / "zarr.json").read_bytes())
+
+
+def _datasets(group: Any) -> Any:
+    return group["attributes"]["ome"]["multiscales"][0]["datasets"]
+
+
+def _list(source: Source, levels: int) -> None:
+    """List level 0 and so many others in the image's group. Raises OSError."""
+    group = _group(source)
+    scale = _datasets(group)[0]["coordinateTransformations"][0]["scale"]
+    datasets = pyramid.datasets(scale, levels + 1)
+    if _datasets(group) == datasets:
+        return
+    group["attributes"]["ome"]["multiscales"][0]["datasets"] = datasets
+    disk.replace_file(source.folder / "zarr.json", json.dumps(group, indent=1).encode())
+    disk.sync(source.folder / "zarr.json")
+    disk.sync(source.folder)
