@@ -277,7 +277,8 @@ class Recorder:
     def _seal(self) -> None:
         """Last step, with all threads ended."""
         certain = self.expected.submitted is not None or not self.interrupted
-        complete = certain and not self._finding() and self.expected.missing == 0
+        lost = bool(self._full or self._finding() or self.expected.missing)
+        complete = certain and not lost
         note = "; ".join(self.trouble)
         self._run.close(complete=complete, expected_frames=self._expected(), note=note)
         self._state = (
