@@ -209,13 +209,17 @@ class Intake:
 
     # -- writer's thread -------------------------------------------------------------------------
 
-    def take(self) -> Item | None:
+    def take(self, before_waiting: Callable[[], None]) -> Item | None:
         """Blocks for the next thing to do; None: closed, and all is taken.
+
+        *before_waiting* is called when there is nothing to do at once.
 
         The queue keeps the order of arrival, so the raw frame of an answer is always taken before
         it. Refocused planes wait while raw frames do: the trunk goes first.
         """
         while True:
+            if self._queue.empty():
+                before_waiting()
             if self._deferred and self.waiting_bytes == 0:
                 return self._deferred.popleft()
             item = self._queue.get()

@@ -1,12 +1,14 @@
 """The writer's thread: takes what the intake holds, in order, and puts it into the run on disk.
 
-It is the only thread that touches the run. A raw frame is acknowledged when its write and its
+It is the only thread that touches the run. While the disk takes one plane it makes the next one
+ready; when nothing waits, it waits for the disk. A raw frame is acknowledged when its write and its
 journal record are done. A frame that cannot be written is booked FAILED, the reason is told once,
 and the thread goes on: the next frame may be writable, and the journal must hear of every one.
 
 After every plane the disk guard is asked whether the run must stop.
 """
 
+import functools
 import threading
 import time
 from collections import deque
@@ -16,10 +18,10 @@ from dataclasses import astuple
 from acquire.intake import Intake
 from acquire.items import Answer, Arrival, Item, Refused
 from refocus import status
-from refocus.errors import RefocusError
+from refocus.errors import RefocusError, RunError
 from refocus.frame import RefocusOutcome
 from store.guard import DiskGuard
-from store.writer import Provenance, RunWriter
+from store.writer import Pending, Provenance, RunWriter
 
 LATENCIES = 2000
 """Hook-to-disk times kept for the percentiles, the latest ones: their sum-up takes 0.2 ms."""
@@ -56,6 +58,7 @@ class Writing:
         # Of frames whose refocusing has no answer yet; 0: read back from the disk.
         self._hook_times_ns: dict[int, int] = {}
         self._latencies_ns: deque[int] = deque(maxlen=LATENCIES)
+        self._under_way: deque[tuple[Pending, Callable[[RunError | None], None]]] = deque()
         self.frames = 0
         """Raw frames taken, saved or not."""
         self.first_frame_ns = 0
@@ -85,11 +88,23 @@ class Writing:
         return status.latency(self._latencies_ns.copy())
 
     def _work(self) -> None:
-        while (item := self._intake.take()) is not None:
+        while (item := self._intake.take(self._settle)) is not None:
             try:
                 self._put(item)
+                self._see_to_settled()
             except Exception as error:  # noqa: BLE001 - one plane must not cost all that follow
                 self._on_trouble(f"the run on disk: {_cause(error)}")
+        self._settle()
+
+    def _settle(self) -> None:
+        """Wait until every plane that was put is acknowledged or booked FAILED."""
+        self._run.settle()
+        self._see_to_settled()
+
+    def _see_to_settled(self) -> None:
+        while self._under_way and self._under_way[0][0].settled:
+            pending, done = self._under_way.popleft()
+            done(pending.error)
 
     def _put(self, item: Item) -> None:
         match item:
@@ -111,16 +126,24 @@ class Writing:
         self.first_frame_ns = self.first_frame_ns or header.hook_time_ns
         self.last_frame_ns = header.hook_time_ns
         try:
-            self._run.write_raw(arrival.frame, arrival.tags)
-            self._on_raw_saved(arrival.frame.pixels.nbytes)
-        except (RefocusError, OSError) as error:
-            self._unsaved.add(header.seq)
+            pending = self._run.put_raw(arrival.frame, arrival.tags)
+        except RunError as error:
+            self._raw_done(arrival, error)
+        else:
+            self._under_way.append((pending, functools.partial(self._raw_done, arrival)))
+
+    def _raw_done(self, arrival: Arrival, error: RunError | None) -> None:
+        if error:
+            self._unsaved.add(arrival.frame.header.seq)
             self._on_raw_failure(_cause(error))
-        finally:
-            self._intake.settled(arrival)
+        else:
+            self._on_raw_saved(arrival.frame.pixels.nbytes)
+        self._intake.settled(arrival)
         self._watch_disk(arrival.frame.pixels.nbytes)
 
     def _answer(self, answer: Answer) -> None:
+        if answer.plane is not None and any(p.seq == answer.seq for p, _ in self._under_way):
+            self._settle()
         try:
             if answer.plane is not None and answer.seq in self._unsaved:
                 self._run.book_refocus(answer.seq, RefocusOutcome.FAILED, NO_RAW)
@@ -161,6 +184,8 @@ class Writing:
     def _watch_disk(self, nbytes: int) -> None:
         if reason := self._guard.wrote(nbytes):
             self._on_full(reason)
+        if self._run.sync_trouble:
+            self._on_raw_failure(f"the disk fails: {self._run.sync_trouble}")
 
 
 def _cause(error: Exception) -> str:

@@ -24,7 +24,7 @@ PAGE = 4096
 _BINARY = getattr(os, "O_BINARY", 0)  # Windows
 _PROBE_BYTES = 16 << 20
 
-Data = bytes | memoryview | npt.NDArray[np.uint8]
+Data = bytes | memoryview
 
 
 def open_new(path: Path) -> int:
@@ -172,7 +172,7 @@ def takes_direct_writes(folder: Path) -> bool:
     if not hasattr(os, "O_DIRECT"):
         return False
     with _probe_file(folder) as (_, path):
-        memory = aligned_memory(2 * PAGE)
+        memory = aligned_memory(2 * PAGE).data
         try:
             descriptor = open_existing(path, direct=True)
         except OSError:

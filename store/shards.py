@@ -213,9 +213,9 @@ class _Shard:
     def put(self, slot: int, staged: "Staged") -> None:
         """Write a plane, then list it."""
         if self._direct is None:
-            disk.write_at(self._file, staged.pages[: self._grid.plane_bytes], self._offset(slot))
+            disk.write_at(self._file, staged.pages[: self._grid.plane_bytes].data, self._offset(slot))
         else:
-            disk.write_at(self._direct, staged.pages, self._offset(slot))
+            disk.write_at(self._direct, staged.pages.data, self._offset(slot))
         index = self._index.copy()
         index[slot] = self._offset(slot), self._grid.plane_bytes
         disk.write_at(self._file, _encode(index), self._grid.index_offset)
@@ -231,7 +231,7 @@ class _Shard:
 
 
 class Shards:
-    """All shards of a run that are open for writing. One thread stages, one at a time does the rest.
+    """All shards of a run open for writing. One thread stages, one at a time does the rest.
 
     *on_change(path)* hears of every file and folder that is not durable as it is now.
     """

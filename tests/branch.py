@@ -72,7 +72,7 @@ class Branch:
             time.sleep(0.005)
 
     def _take(self) -> None:
-        item = self.intake.take()
+        item = self.intake.take(lambda: None)
         if isinstance(item, Arrival):
             self.intake.settled(item)
         elif isinstance(item, Answer):

@@ -61,7 +61,7 @@ class Bench:
         self.intake.end()
         self.intake.close()
         taken = []
-        while (item := self.intake.take()) is not None:
+        while (item := self.intake.take(lambda: None)) is not None:
             taken.append(item)
             if isinstance(item, Arrival | Refused):
                 self.intake.settled(item)

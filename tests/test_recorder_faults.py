@@ -93,7 +93,7 @@ def test_a_disk_that_takes_no_more_costs_no_acknowledged_frame(tmp_path: Path) -
     """A real limit on what this process may write, in a child that carries it."""
     script = textwrap.dedent(
         """
-        import resource, signal, sys
+        import resource, signal, sys, time
         from pathlib import Path
         import numpy as np
         from acquire.header import UNKNOWN
@@ -108,7 +108,9 @@ def test_a_disk_that_takes_no_more_costs_no_acknowledged_frame(tmp_path: Path) -
                 for index in range(6):
                     side = 64 if index < 3 else 512  # from the fourth on, larger than the limit
                     if index == 3:
-                        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+                        while r.status().counts.saved < 3:
+                            time.sleep(0.01)
+                        resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
                     r.hook(np.full((side, side), index + 1, np.uint16), {"Axes": {"time": index}})
         except RunError as error:
             print(error)
