@@ -21,7 +21,8 @@ from refocus import status
 from refocus.errors import RefocusError, RunError
 from refocus.frame import RefocusOutcome
 from store.guard import DiskGuard
-from store.writer import Pending, Provenance, RunWriter
+from store.underway import Pending
+from store.writer import Provenance, RunWriter
 
 LATENCIES = 2000
 """Hook-to-disk times kept for the percentiles, the latest ones: their sum-up takes 0.2 ms."""

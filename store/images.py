@@ -98,18 +98,31 @@ class Images:
         """Begin to store the twin of a raw plane that is there."""
         return self._put(self._pairs[place.pair].refocused, place, pixels)
 
+    def adopt(self, pair: Pair) -> None:
+        """Take over the next pair of a sealed run, to write its twins. Raises RunError."""
+        raw, refocused = (
+            PlaneArray.open(array_dir(self._run, 2 * pair.number + twin), self._shards)
+            for twin in (0, 1)
+        )
+        self._pairs.append(_PairOnDisk(pair, raw, refocused, stale=False))
+
     def shards(self, pair: Pair) -> tuple[int, int] | None:
         """Planes of a shard of this pair along t and z; None where a plane is a file."""
         grid = self._pairs[pair.number].raw.grid
         return (grid.t, grid.z) if grid else None
 
-    def finish(self) -> None:
-        """Cut all shapes to what is there and write the final metadata. Raises OSError."""
+    def trim(self) -> None:
+        """Cut all shapes to what is there, and drop shards made ahead. Raises OSError."""
         self._drain()
         for on_disk in self._pairs:
             extent = on_disk.pair.extent
             on_disk.raw.trim(*extent)
             on_disk.refocused.trim(*extent)
+
+    def finish(self) -> None:
+        """Cut all shapes to what is there and write the final metadata. Raises OSError."""
+        self.trim()
+        for on_disk in self._pairs:
             on_disk.z_step_um = on_disk.pair.z_step_um
             self._save_groups(on_disk)
         if self._pairs:

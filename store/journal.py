@@ -12,9 +12,7 @@ every line. A line cut short by a kill is left out by readers, who say so.
 
 import contextlib
 import errno
-import math
 from collections import deque
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ import msgspec
 
 from refocus.frame import FrameHeader
 from store import disk
-from store.layout import AxisValue, RunInfo
+from store.layout import AxisValue, Pair, RunInfo
 from store.lock import WriterLock
 from store.records import Record, encode, file_header
 
@@ -49,6 +47,22 @@ class PairLine(msgspec.Struct, frozen=True, kw_only=True, tag="pair", tag_field=
     channels: list[str]
     shards: tuple[int, int] | None = None
     """Planes of a shard along t and z, in both arrays; None: a plane is a file."""
+
+    @classmethod
+    def of(cls, pair: Pair, shards: tuple[int, int] | None) -> "PairLine":
+        """The line of *pair* as it is now."""
+        return cls(
+            pair=pair.number,
+            name=pair.name,
+            position=pair.position,
+            segment=pair.segment,
+            further=pair.further,
+            shape=pair.form.shape,
+            dtype=pair.form.dtype,
+            pixel_um=pair.form.pixel_um,
+            channels=pair.channel_names,
+            shards=shards,
+        )
 
 
 class ScalingLine(msgspec.Struct, frozen=True, tag="scaling", tag_field="kind"):
@@ -104,52 +118,6 @@ class FrameLine(msgspec.Struct, frozen=True):
 
     header: FrameHeader
     tags: dict[str, Any]
-
-
-def plain(value: object) -> Any:
-    """*value* as JSON can hold it: non-finite numbers and unknown objects become text.
-
-    Micro-Manager and user code put whatever they like into tags; none of it may break a line.
-    """
-    match value:
-        case None | bool():
-            return value
-        case str():
-            return value.encode(
-                "utf-8", "backslashreplace"
-            ).decode()  # a lone surrogate is not UTF-8
-        case int():
-            return int(value) if -(2**63) <= value < 2**64 else str(value)
-        case float():
-            return float(value) if math.isfinite(value) else str(value)
-        case Mapping():
-            return {str(plain(key)): plain(item) for key, item in value.items()}
-        case list() | tuple():
-            return [plain(item) for item in value]
-    if hasattr(value, "tolist"):  # numpy scalars and arrays
-        return plain(value.tolist())
-    return plain(str(value))
-
-
-def plain_tags(tags: Mapping[str, object]) -> dict[str, Any]:
-    """`plain` of every tag; a note stands in place of one that cannot be converted.
-
-    A tag may contain itself, or be an object whose own methods fail. No plane is lost for that.
-    """
-    return {
-        # Nearly all of Micro-Manager's tags are such text; a hundred of them come with a frame.
-        key if type(key) is str and key.isascii() else str(plain(key)): value
-        if type(value) is str and value.isascii()
-        else _plain_or_note(value)
-        for key, value in tags.items()
-    }
-
-
-def _plain_or_note(value: object) -> Any:
-    try:
-        return plain(value)
-    except Exception as error:  # noqa: BLE001  # a tag can be anybody's object
-        return f"(left out: {type(value).__name__} cannot be written, {type(error).__name__})"
 
 
 class AppendFile:

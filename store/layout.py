@@ -163,16 +163,20 @@ class Pair:
         key = (axes.get("channel", ""), header.channel)
         if key not in self.channels:
             self.channels[key] = len(self.channels)
-            self.channel_names.append(header.channel or str(axes.get("channel", "")))
+            self.channel_names.append(channel_name(header))
         z = self.heights.of(axes.get("z", 0))
-        if header.z_um is not None and math.isfinite(header.z_um):
-            self.z_um.setdefault(z, header.z_um)
+        self.note_height(z, header)
         return Place(
             pair=self.number,
             t=self.times.of(axes.get("time", 0)),
             c=self.channels[key],
             z=z,
         )
+
+    def note_height(self, z: int, header: FrameHeader) -> None:
+        """Take over where index *z* lies, where that is not known yet."""
+        if header.z_um is not None and math.isfinite(header.z_um):
+            self.z_um.setdefault(z, header.z_um)
 
     def take(self, place: Place) -> None:
         """Mark the slot as that of a plane on its way, or acknowledged."""
@@ -187,7 +191,7 @@ class Pair:
         """(t, c, z) that holds every plane; at least (1, 1, 1)."""
         t = max((slot[0] for slot in self.taken), default=0)
         z = max((slot[2] for slot in self.taken), default=0)
-        return t + 1, max(1, len(self.channels)), z + 1
+        return t + 1, max(1, len(self.channel_names)), z + 1
 
     @property
     def z_step_um(self) -> float | None:
@@ -203,6 +207,11 @@ class Pair:
         ):  # a stage reads back a few percent beside its goal
             return None
         return round(abs(step), 6)
+
+
+def channel_name(header: FrameHeader) -> str:
+    """What a frame's channel is called."""
+    return header.channel or str(header.axes.get("channel", ""))
 
 
 class Placer:

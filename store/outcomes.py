@@ -20,11 +20,11 @@ from store.journal import (
     ReasonLine,
     ScalingLine,
     SealLine,
-    plain,
 )
 from store.layout import Place
-from store.reader import Run
-from store.records import NO_IMAGE, Kind, Record, count
+from store.plain import plain
+from store.reader import Run, place_of
+from store.records import Kind, Record, count
 
 
 class Outcomes:
@@ -153,7 +153,7 @@ class Outcomes:
             if record.seq in self.raw:
                 before = RawOutcome.FAILED if self.raw[record.seq] is None else RawOutcome.SAVED
                 self._tally[Kind.RAW, before] -= 1
-            self.raw[record.seq] = _place(record) if record.outcome == RawOutcome.SAVED else None
+            self.raw[record.seq] = place_of(record) if record.outcome == RawOutcome.SAVED else None
         elif record.kind == Kind.REFOCUS:
             if record.seq in self.refocus:
                 self._tally[Kind.REFOCUS, self.refocus[record.seq]] -= 1
@@ -161,7 +161,3 @@ class Outcomes:
         self._tally[record.kind, record.outcome] += 1
         self._last_reason = max(self._last_reason, record.reason)
         self._last_generator = max(self._last_generator, record.generator)
-
-
-def _place(record: Record) -> Place | None:
-    return None if record.image == NO_IMAGE else Place(record.image // 2, *record[4:7])

@@ -35,7 +35,7 @@ from store.journal import (
 from store.layout import Place, RunInfo, array_dir, is_run, journal_dir
 from store.lock import is_held
 from store.planes import PlaneArray
-from store.records import NO_IMAGE, Kind, Record, Records, count, crc32c, read_records
+from store.records import Kind, Record, Records, count, crc32c, read_records
 
 T = TypeVar("T")
 
@@ -88,9 +88,14 @@ class FrameEntry:
     @property
     def place(self) -> Place | None:
         """Where the frame's planes are; None where raw was not saved."""
-        if self.raw is None or self.raw.image == NO_IMAGE:
-            return None
-        return Place(self.raw.image // 2, self.raw.t, self.raw.c, self.raw.z)
+        return None if self.raw is None else place_of(self.raw)
+
+
+def place_of(record: Record) -> Place | None:
+    """Slot of the plane that a record speaks of; None where it left none."""
+    if not record.has_plane:
+        return None
+    return Place(record.image // 2, record.t, record.c, record.z)
 
 
 class Run:
@@ -103,10 +108,20 @@ class Run:
         """Numbers of journal records whose checksum does not fit."""
         self.torn_bytes = records.torn_bytes
         """Length of a last record that never got whole; it acknowledged nothing."""
+        self.all_records = records
+        """Every record that is sound, also those that a later one supersedes."""
         self._held = held
-        self._last: dict[tuple[int, int], Record] = {
-            (record.kind, record.seq): record for record in records.records
-        }
+        self._last: dict[tuple[int, int], Record] = {}
+        self._durable: set[tuple[int, int]] = set()
+        marks = (record.seq for record in records.records if record.kind == Kind.DURABLE)
+        durable_records = max(marks, default=0)
+        for number, record in records.numbered():
+            key = record.kind, record.seq
+            self._last[key] = record
+            if number < durable_records:
+                self._durable.add(key)
+            else:
+                self._durable.discard(key)
         self._arrays: dict[int, PlaneArray] = {}
 
     @property
@@ -133,6 +148,10 @@ class Run:
     def records(self, kind: Kind) -> Iterator[Record]:
         """Last outcome of every frame, in the order in which the frames came."""
         return (record for (found, _), record in self._last.items() if found == kind)
+
+    def is_durable(self, record: Record) -> bool:
+        """Whether a last outcome, and its plane, survive a power cut."""
+        return (record.kind, record.seq) in self._durable
 
     def reason(self, record: Record) -> str:
         """Why an outcome was not the good one; empty where nothing was said."""
@@ -193,7 +212,7 @@ def open_run(path: Path) -> Run:
     folder = journal_dir(path)
     held = is_held(folder / LOCK)  # first: a writer that closes meanwhile has written its seal
     try:
-        if _is_unborn(folder):
+        if is_unborn(folder):
             return Run(path, held=held, records=Records([], [], 0), notes=Notes())
         records = read_records(folder / OUTCOMES)  # before the lines: then none is missing
         notes = _read_notes(folder / LINES)
@@ -202,8 +221,11 @@ def open_run(path: Path) -> Run:
     return Run(path, held=held, records=records, notes=notes)
 
 
-def _is_unborn(folder: Path) -> bool:
-    """Whether the writer was killed, or is, between making its files: the last one is missing."""
+def is_unborn(folder: Path) -> bool:
+    """Whether the writer was killed, or is, between making its files: the last one is missing.
+
+    *folder* is the journal's.
+    """
     before = (LOCK, OUTCOMES, FRAMES)
     return all(path.name in before and not path.stat().st_size for path in folder.iterdir())
 

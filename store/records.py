@@ -69,6 +69,11 @@ class Record(NamedTuple):
     outcome: int = 0
     """A RawOutcome or RefocusOutcome, by kind."""
 
+    @property
+    def has_plane(self) -> bool:
+        """Whether it acknowledges a plane."""
+        return self.image != NO_IMAGE
+
 
 def count(tally: "Counter[tuple[int, int]]") -> Counts:
     """Counts from how often each (kind, outcome) is some frame's last."""

@@ -11,17 +11,14 @@ Promises:
 
 A plane may also be `put`: the call returns while the disk still takes the plane, so that the next
 one can be seen to meanwhile. It is acknowledged, or booked FAILED, by the time that `settle`
-returns. At most PUT_AHEAD planes are on their way.
+returns (store/underway.py).
 
 All calls come from one thread. Readers may open the run at any moment (store/reader.py).
 """
 
 import contextlib
 import shutil
-import time
-from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -30,14 +27,17 @@ from refocus.errors import RunError
 from refocus.frame import Frame, FrameHeader, Pixels, RawOutcome, RefocusOutcome
 from refocus.status import Counts
 from store.durable import Durability
-from store.images import Images, Put
-from store.journal import FrameLine, Journal, PairLine, plain, plain_tags
-from store.layout import Pair, Place, Placer, RunInfo, journal_dir
+from store.images import Images
+from store.journal import LOCK, FrameLine, Journal, PairLine, SealLine
+from store.layout import Pair, Place, Placer, RunInfo, is_run, journal_dir
+from store.lock import WriterLock
 from store.outcomes import Outcomes
-from store.records import MAX_CLIPPED, Kind, Record, crc32c
-
-PUT_AHEAD = 2
-"""Planes on their way to the disk: one is being written, the next one is ready."""
+from store.plain import plain_header, plain_info, plain_tags
+from store.reader import Run, open_run
+from store.rebuild import Rebuilt, rebuild
+from store.records import MAX_CLIPPED, Kind
+from store.tails import torn_tails
+from store.underway import Pending, Underway, describe, reason_of, record_of
 
 
 class Provenance(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,20 +49,6 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True):
     """From the hook to the answer, just before the plane is written."""
     clipped: int = 0
     """Pixels that fell outside the dtype's range."""
-
-
-@dataclass(eq=False)
-class Pending:
-    """A plane that was put: not settled yet, acknowledged (no error), or FAILED."""
-
-    record: Record
-    header: FrameHeader | None
-    """Of a raw frame, with its segment."""
-    pair: Pair
-    place: Place
-    put: Put
-    settled: bool = False
-    error: RunError | None = None
 
 
 class RunWriter:
@@ -78,10 +64,10 @@ class RunWriter:
         for folder in (path.parent, path, journal_dir(path)):
             self._durability.changed(folder)
         self._images = Images(path, self._placer.pairs, stack_planes, self._durability.changed)
-        self._pending: deque[Pending] = deque()
         self._channels_told: dict[int, int] = {}  # pair -> channels of its last PairLine
         self._outcomes = Outcomes(journal)
-        self._marked = 0  # what the journal's last mark says is durable
+        self._underway = Underway(self._outcomes, journal, self._durability)
+        self._seal: SealLine | None = None  # of a run that was reopened
         self._durability.start()
 
     @classmethod
@@ -94,15 +80,42 @@ class RunWriter:
         try:
             path.mkdir(parents=True)
             try:
-                journal = Journal(journal_dir(path), _plain_info(info))
+                journal = Journal(journal_dir(path), plain_info(info))
             except BaseException:
                 shutil.rmtree(path, ignore_errors=True)  # made just now, so nothing else is in it
                 raise
         except FileExistsError as error:
             raise RunError(f"{path}: exists already; give a folder that does not") from error
         except OSError as error:
-            raise RunError(f"{path}: a run cannot be made here ({_describe(error)})") from error
+            raise RunError(f"{path}: a run cannot be made here ({describe(error)})") from error
         return cls(path, journal, info.pixel_um, stack_planes)
+
+    @classmethod
+    def reopen(cls, path: Path) -> "RunWriter":
+        """Go on with a run that was sealed, to write and book twins; `reseal` ends it.
+
+        Raises LockedError where it has another writer, RunError where its journal has no seal or
+        no whole end: `recover` gives it both.
+        """
+        if not is_run(path):
+            raise RunError(f"{path}: not a run (it has no folder journal); give a run's folder")
+        try:
+            with contextlib.ExitStack() as held:
+                lock = WriterLock(journal_dir(path) / LOCK)
+                held.callback(lock.release)
+                run = open_run(path)
+                if run.notes.seal is None or torn_tails(journal_dir(path)):
+                    raise RunError(f"{path}: was not closed; run `refocus recover` first")
+                journal = Journal.reopen(journal_dir(path), lock, run.all_records.count)
+                held.callback(journal.close)
+                pairs = rebuild(run)
+                writer = cls(path, journal, None, None)
+                held.callback(writer._leave)
+                writer._adopt(run, pairs)
+                held.pop_all()
+        except OSError as error:
+            raise RunError(f"{path}: cannot be reopened ({describe(error)})") from error
+        return writer
 
     def write_raw(self, frame: Frame, tags: Mapping[str, object]) -> FrameHeader:
         """Place a frame, store its plane and acknowledge it; returns its header with the segment.
@@ -129,7 +142,8 @@ class RunWriter:
     def put_raw(self, frame: Frame, tags: Mapping[str, object]) -> Pending:
         """Begin to write a frame. What goes wrong at once is booked FAILED and raised."""
         seq = frame.header.seq
-        if seq in self._outcomes.raw or any(p.record.seq == seq for p in self._pending):
+        self._require_open()
+        if seq in self._outcomes.raw or self._underway.has(seq):
             raise RunError(f"frame {seq}: has a raw outcome already; each seq is written once")
         try:
             header, pair, place = self._place(frame, tags)
@@ -137,15 +151,15 @@ class RunWriter:
             pair.take(place)
             self._tell_pair(pair)
         except Exception as error:  # whatever it was, no frame may vanish unbooked
-            self._outcomes.fail_raw(seq, _reason(error))
-            raise RunError(f"frame {seq}: not saved: {_describe(error)}") from error
-        record = _saved(seq, Kind.RAW, RawOutcome.SAVED, place, put.stored)
-        return self._follow(Pending(record, header, pair, place, put))
+            self._outcomes.fail_raw(seq, reason_of(error))
+            raise RunError(f"frame {seq}: not saved: {describe(error)}") from error
+        record = record_of(seq, Kind.RAW, RawOutcome.SAVED, place, put.stored)
+        return self._underway.add(Pending(record, header, pair, place, put))
 
     def put_refocused(self, seq: int, pixels: Pixels, made: Provenance) -> Pending:
         """Begin to write the twin of a saved frame. What fails at once is booked and raised."""
-        while any(p.record.seq == seq for p in self._pending):
-            self._settle_oldest()
+        while self._underway.has(seq):
+            self._underway.settle_oldest()
         place = self._outcomes.raw.get(seq)
         if place is None:
             raise RunError(
@@ -161,19 +175,18 @@ class RunWriter:
                 )
             put = self._images.put_refocused(place, pixels)
         except Exception as error:  # whatever it was, it ends in an outcome
-            self._outcomes.answer(seq, RefocusOutcome.FAILED, _reason(error))
-            raise RunError(f"frame {seq}: refocused plane not saved: {_describe(error)}") from error
-        record = _saved(seq, Kind.REFOCUS, RefocusOutcome.REFOCUSED, place, put.stored)._replace(
+            self._outcomes.answer(seq, RefocusOutcome.FAILED, reason_of(error))
+            raise RunError(f"frame {seq}: refocused plane not saved: {describe(error)}") from error
+        record = record_of(seq, Kind.REFOCUS, RefocusOutcome.REFOCUSED, place, put.stored)._replace(
             latency_ns=made.latency_ns,
             clipped=min(made.clipped, MAX_CLIPPED),
             generator=made.generator,
         )
-        return self._follow(Pending(record, None, pair, place, put))
+        return self._underway.add(Pending(record, None, pair, place, put))
 
     def settle(self) -> None:
         """Wait until every plane that was put is acknowledged or booked FAILED."""
-        while self._pending:
-            self._settle_oldest()
+        self._underway.settle()
 
     def book_refocus(
         self, seq: int, outcome: RefocusOutcome, reason: str, *, generator: int = 0
@@ -189,6 +202,7 @@ class RunWriter:
 
     def book_raw_failed(self, seq: int, reason: str) -> None:
         """Journal that a frame's own pixels were lost before they came here."""
+        self._require_open()
         if seq in self._outcomes.raw:
             raise RunError(f"frame {seq}: has a raw outcome already; each seq is booked once")
         self._outcomes.fail_raw(seq, reason)
@@ -208,6 +222,11 @@ class RunWriter:
         with self._noting():
             self._outcomes.note_event(kind, fields)
 
+    @property
+    def sync_trouble(self) -> str:
+        """Why what was acknowledged may not survive a power cut; empty where nothing is known."""
+        return self._durability.trouble
+
     def counts(self) -> Counts:
         """Outcomes so far, by the last record of every frame."""
         return self._outcomes.counts()
@@ -219,54 +238,60 @@ class RunWriter:
         where known) has its raw plane, and none FAILED. Raises RunError where the seal could not be
         written; what was acknowledged is there all the same.
         """
+        self._require_open()
+        return self._end(complete, expected_frames, note)
+
+    def reseal(self) -> Counts:
+        """End a run that was reopened: write its seal again, with the counts as they are now.
+
+        Raises RunError where the seal could not be written; the old one stands then.
+        """
+        if self._seal is None:
+            raise RunError(f"{self.path}: was not reopened; end it by close")
+        return self._end(self._seal.complete, self._seal.expected_frames, self._seal.note)
+
+    def _end(self, complete: bool, expected_frames: int | None, note: str) -> Counts:
         self.settle()
         counts = self.counts()
         try:
             self._journal.settle()
-            self._images.finish()
+            if self._seal is None:
+                self._images.finish()
+            else:
+                self._images.trim()
             self._images.close()
             self._durability.sync()
             self._outcomes.seal(complete=complete, expected_frames=expected_frames, note=note)
         except OSError as error:
             raise RunError(
-                f"{self.path}: not sealed ({_describe(error)}); it is incomplete"
+                f"{self.path}: not sealed ({describe(error)}); it is incomplete"
             ) from error
         finally:
-            self._images.close()
-            self._durability.close()
-            self._journal.close()
+            self._leave()
         return counts
 
-    def _follow(self, pending: Pending) -> Pending:
-        self._pending.append(pending)
-        while len(self._pending) > PUT_AHEAD:
-            self._settle_oldest()
-        return pending
+    def _leave(self) -> None:
+        """End the threads, close all files, give the lock back."""
+        self._images.close()
+        self._durability.close()
+        self._journal.close()
 
-    def _settle_oldest(self) -> None:
-        pending = self._pending.popleft()
-        record = pending.record
-        try:
-            pending.put.done.result()
-            self._outcomes.acknowledge(record)
-        except Exception as error:  # noqa: BLE001  # whatever it was, no frame may vanish unbooked
-            if record.kind == Kind.RAW:
-                what = "not saved"
-                pending.pair.leave(pending.place)
-                self._outcomes.fail_raw(record.seq, _reason(error))
-            else:
-                what = "refocused plane not saved"
-                self._outcomes.answer(record.seq, RefocusOutcome.FAILED, _reason(error))
-            pending.error = RunError(f"frame {record.seq}: {what}: {_describe(error)}")
-            pending.error.__cause__ = error
-        pending.settled = True
-        if self._durability.durable > self._marked:
-            self._marked = self._durability.durable
-            self._journal.book(Record(self._marked, time.time_ns(), kind=Kind.DURABLE))
+    def _adopt(self, run: Run, pairs: list[Rebuilt]) -> None:
+        """Take over what the run has; its raw planes are all there are."""
+        self._seal = run.notes.seal
+        self._outcomes = Outcomes.of(run, self._journal)
+        self._underway = Underway(self._outcomes, self._journal, self._durability)
+        for rebuilt in pairs:
+            self._placer.pairs.append(rebuilt.pair)
+            self._images.adopt(rebuilt.pair)
+
+    def _require_open(self) -> None:
+        if self._seal is not None:
+            raise RunError(f"{self.path}: was sealed and takes refocused planes only, then reseal")
 
     def _place(self, frame: Frame, tags: Mapping[str, object]) -> tuple[FrameHeader, Pair, Place]:
         """Check a frame, give it its slot, and write its line."""
-        header, pixels = _clean(frame.header), frame.pixels
+        header, pixels = plain_header(frame.header), frame.pixels
         if pixels.shape != header.shape or pixels.dtype.name != header.dtype:
             raise RunError(
                 f"pixels are {pixels.dtype} {pixels.shape}, "
@@ -281,18 +306,7 @@ class RunWriter:
         """Write down the pair where it is new or has a new channel."""
         if self._channels_told.get(pair.number) == len(pair.channel_names):
             return
-        line = PairLine(
-            pair=pair.number,
-            name=pair.name,
-            position=pair.position,
-            segment=pair.segment,
-            further=pair.further,
-            shape=pair.form.shape,
-            dtype=pair.form.dtype,
-            pixel_um=pair.form.pixel_um,
-            channels=pair.channel_names,
-        )
-        self._journal.line(line)
+        self._journal.line(PairLine.of(pair, self._images.shards(pair)))
         self._channels_told[pair.number] = len(pair.channel_names)
 
     def _require_open_answer(self, seq: int) -> None:
@@ -304,52 +318,4 @@ class RunWriter:
         try:
             yield
         except OSError as error:
-            raise RunError(
-                f"{self.path}: the journal takes no line ({_describe(error)})"
-            ) from error
-
-
-def _saved(seq: int, kind: Kind, outcome: int, place: Place, stored: Pixels) -> Record:
-    """Record of a plane that is on disk."""
-    return Record(
-        seq=seq,
-        wall_ns=time.time_ns(),
-        image=place.raw_image if kind == Kind.RAW else place.refocused_image,
-        t=place.t,
-        c=place.c,
-        z=place.z,
-        plane_crc32c=crc32c(stored),
-        kind=kind,
-        outcome=outcome,
-    )
-
-
-def _clean(header: FrameHeader) -> FrameHeader:
-    """The header with axis values that are whole numbers or text, and text that is UTF-8.
-
-    True and False become text: as numbers they would share the slots of 1 and 0.
-    """
-    axes = {
-        key: value if type(value) in (int, str) else str(value)
-        for key, value in plain_tags(header.axes).items()
-    }
-    return msgspec.structs.replace(
-        header, axes=axes, channel=plain(header.channel), camera=plain(header.camera)
-    )
-
-
-def _plain_info(info: RunInfo) -> RunInfo:
-    return msgspec.structs.replace(
-        info, settings=plain(info.settings), microscope=plain(info.microscope)
-    )
-
-
-def _describe(error: Exception) -> str:
-    return str(error) or type(error).__name__
-
-
-def _reason(error: Exception) -> str:
-    """As `_describe`, without the plane's path: a reason is written once for all that share it."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror} (errno {error.errno})"
-    return _describe(error)
+            raise RunError(f"{self.path}: the journal takes no line ({describe(error)})") from error

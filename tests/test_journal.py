@@ -13,7 +13,8 @@ from store_runs import file_size_limit, start
 
 from refocus.errors import RunError
 from refocus.frame import RawOutcome, RefocusOutcome
-from store.journal import AppendFile, plain
+from store.journal import AppendFile
+from store.plain import plain
 from store.records import (
     RECORD_BYTES,
     Kind,

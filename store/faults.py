@@ -1,0 +1,166 @@
+"""What of a run's files is not as its journal says: shard indices, metadata, leftovers.
+
+Read-only. The journal alone decides what a shard's index should list, how long an array is and
+which images there are, so `refocus check` can tell and `refocus recover` can mend it, and mending
+twice is mending once.
+
+A shard that ever held an acknowledged plane is no leftover, even where all of its planes are lost:
+what is damaged may still tell somebody something. Nor is anything where records are damaged, for
+they may have spoken of it.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from refocus.errors import RunError
+from refocus.frame import Pixels, RawOutcome
+from store import metadata, ome
+from store.metadata import PairImages
+from store.planes import PlaneArray
+from store.reader import Run, place_of
+from store.rebuild import Rebuilt
+from store.shards import read_index, slots_of
+from store.verify import acknowledged
+
+
+class IndexFault(NamedTuple):
+    """A shard whose index does not list the planes that were acknowledged."""
+
+    path: Path
+    array: PlaneArray
+    slots: frozenset[int]
+    """What it should list."""
+    hidden: int
+    """Acknowledged planes that it does not list, so other programs see them black."""
+    unknown: int
+    """Planes that it lists and nobody acknowledged."""
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.hidden} acknowledged planes are hidden" if self.hidden else "",
+            f"{self.unknown} planes are listed that nobody acknowledged" if self.unknown else "",
+        ]
+        return ", ".join(filter(None, parts)) or "its index is damaged"
+
+
+class Faults(NamedTuple):
+    """All that differs."""
+
+    indices: list[IndexFault]
+    metadata: list[tuple[Path, bytes]]
+    """Files that are missing or say something else, and what they should hold, in the order in
+    which to write them."""
+    leftovers: list[Path]
+    """Files and folders that nothing needs."""
+
+
+def find_faults(run: Run, pairs: Sequence[Rebuilt]) -> Faults:
+    """Everything of a run that no writer has that is not as its journal says. Raises OSError."""
+    slots: defaultdict[Path, set[int]] = defaultdict(set)
+    for record in acknowledged(run):
+        array = pairs[record.image // 2].arrays[record.image % 2]
+        if array.grid is not None:
+            slots[array.shard_file(record.t, record.c, record.z)].add(
+                array.grid.slot(record.t, record.z)
+            )
+    used = _ever_used(run, pairs)
+    shown = [_shown(run, rebuilt) for rebuilt in pairs]
+    leftovers = [*run.path.rglob(".*.partial")]
+    if not run.damaged_records:
+        leftovers += [*_unused_images(run, len(pairs)), *_unused_shards(pairs, used)]
+    return Faults(
+        indices=[*_index_faults(pairs, slots, used)],
+        metadata=[*metadata.differing(run.path, shown)],
+        leftovers=sorted(leftovers),
+    )
+
+
+def _ever_used(run: Run, pairs: Sequence[Rebuilt]) -> set[Path]:
+    """Shards of which any record ever spoke."""
+    used: set[Path] = set()
+    for record in run.all_records.records:
+        if record.has_plane and record.image // 2 < len(pairs):
+            array = pairs[record.image // 2].arrays[record.image % 2]
+            if array.grid is not None:
+                used.add(array.shard_file(record.t, record.c, record.z))
+    return used
+
+
+def _index_faults(
+    pairs: Sequence[Rebuilt], slots: dict[Path, set[int]], used: set[Path]
+) -> Iterator[IndexFault]:
+    for array in (array for rebuilt in pairs for array in rebuilt.arrays):
+        if array.grid is None:
+            continue
+        for path in sorted(used.intersection(array.shard_files())):
+            wanted = slots.get(path, set())
+            try:
+                index = read_index(path, array.grid)
+            except OSError:
+                yield IndexFault(path, array, frozenset(wanted), len(wanted), 0)
+                continue
+            found = set() if index is None else slots_of(index)
+            right = index is not None and np.array_equal(index, array.grid.index_of(wanted))
+            if not right and (wanted or found):
+                missing = len(wanted - found)
+                yield IndexFault(path, array, frozenset(wanted), missing, len(found - wanted))
+
+
+def _unused_shards(pairs: Sequence[Rebuilt], used: set[Path]) -> Iterator[Path]:
+    for array in (array for rebuilt in pairs for array in rebuilt.arrays):
+        if array.grid is not None:
+            yield from set(array.shard_files()) - used
+
+
+def _unused_images(run: Run, pairs: int) -> Iterator[Path]:
+    """Images that were begun and never listed; without any image, the lists of images too."""
+    for path in run.path.iterdir():
+        if path.name.isdecimal() and path.is_dir() and int(path.name) >= 2 * pairs:
+            yield path
+    if not pairs:
+        yield from (run.path / name for name in ("OME", "zarr.json") if (run.path / name).exists())
+
+
+def _shown(run: Run, rebuilt: Rebuilt) -> PairImages:
+    """A pair with its channels and z step as its images should say them."""
+    pair = rebuilt.pair
+    described = next(
+        (d for twin in (0, 1) if (d := metadata.describe(run.path, 2 * pair.number + twin))), None
+    )
+    channels: list[ome.Channel] = []
+    for c, name in enumerate(pair.channel_names):
+        known = described.channels[c : c + 1] if described else ()
+        channels += known if known and known[0].name == name else [_channel(run, rebuilt, c, name)]
+    # While it is written an image's z step is that of its first planes; its seal comes after the
+    # final one.
+    sealed = run.notes.seal is not None and described is not None
+    z_step_um = described.z_step_um if sealed and described else pair.z_step_um
+    return PairImages(pair, rebuilt.raw, rebuilt.refocused, tuple(channels), z_step_um)
+
+
+def _channel(run: Run, rebuilt: Rebuilt, c: int, name: str) -> ome.Channel:
+    """How a channel is shown, from its first plane."""
+    first: Pixels = np.zeros((1, 1), rebuilt.pair.form.dtype)
+    bit_depth = None
+    for frame in run.frames():
+        record = frame.raw
+        if record is None or record.outcome != RawOutcome.SAVED:
+            continue
+        place = place_of(record)
+        if place is not None and (place.pair, place.c) == (rebuilt.pair.number, c):
+            bit_depth = frame.header.bit_depth if frame.header else None
+            first = _plane(run, record.seq, first)
+            break
+    return ome.channel(name, first, bit_depth)
+
+
+def _plane(run: Run, seq: int, otherwise: Pixels) -> Pixels:
+    try:
+        plane = run.raw(seq)
+    except (RunError, OSError):
+        return otherwise
+    return otherwise if plane is None else plane

@@ -1,0 +1,249 @@
+"""Makes a run whole after any death of its writer: as far as it was acknowledged, and no further.
+
+In this order, so that recovering may itself be killed at any moment and begun again:
+
+1. the torn ends of the journal's files are cut off;
+2. arrays whose zarr.json is gone are described again, so that their planes can be read;
+3. planes that are gone or damaged are booked FAILED, frames of which no plane was saved too, and
+   frames without an answer LOST: from here on the journal says what is there;
+4. shard indices, shapes and all metadata are made to say what the journal says, and what nothing
+   needs is removed;
+5. all of it is made durable, marked so, and sealed. The run is complete only if it was sealed so
+   before and nothing of it is lost.
+
+Each step is derived from what is on disk, so a second time there is nothing left to do, and not a
+byte changes. A plane that cannot be vouched for becomes absent, never wrong: its bytes stay where
+they are, the index and the journal say that it is not there.
+"""
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from refocus.errors import RunError
+from refocus.frame import RefocusOutcome
+from refocus.status import Counts
+from store import disk
+from store.durable import Durability
+from store.faults import Faults, find_faults
+from store.journal import LOCK, Journal, PairLine
+from store.layout import array_dir, is_run, journal_dir
+from store.lock import WriterLock
+from store.outcomes import Outcomes
+from store.planes import PlaneArray
+from store.reader import Run, State, is_unborn, open_run
+from store.rebuild import Rebuilt, rebuild
+from store.records import Kind, Record
+from store.shards import repair_index
+from store.tails import Tail, cut, torn_tails
+from store.verify import LostPlane, Progress, acknowledged, lost_planes
+
+NO_PLANE = "the writer ended before the plane was saved"
+NO_ANSWER = "the writer ended before the answer came"
+NO_RAW = "no raw frame was saved"
+NO_SEAL = "its writer ended without closing it; recovered"
+
+
+class Recovery(msgspec.Struct, frozen=True, kw_only=True):
+    """What was found, and what was done about it."""
+
+    state: State
+    counts: Counts
+    lost: int
+    """Planes, raw and refocused, that were acknowledged and cannot be had any more."""
+    done: tuple[str, ...]
+    """In words; empty where nothing had to be done."""
+
+
+def recover(
+    path: Path,
+    *,
+    verify: bool = True,
+    progress: Progress = lambda _done, _total: None,
+) -> Recovery:
+    """Make the run at *path* whole; see the module's docstring.
+
+    *verify*: read every plane back; otherwise only those that a power cut could have touched.
+    Raises LockedError where its writer lives, RunError where *path* is no run, where too little of
+    the journal is left to tell planes from rubbish, or where the disk does not take what must be
+    written: then nothing acknowledged is worse than before, and recovering may be begun again.
+    """
+    if not is_run(path):
+        raise RunError(f"{path}: not a run (it has no folder journal); give a run's folder")
+    try:
+        with contextlib.ExitStack() as held:
+            lock = WriterLock(journal_dir(path) / LOCK)
+            held.callback(lock.release)
+            if is_unborn(journal_dir(path)):
+                return Recovery(state=State.EMPTY, counts=open_run(path).counts, lost=0, done=())
+            tails = torn_tails(journal_dir(path))
+            for tail in tails:
+                cut(tail)
+            run = open_run(path)
+            work = _Work(path, Journal.reopen(journal_dir(path), lock, run.all_records.count))
+            held.callback(work.close)
+            work.tell(tails)
+            work.book(run, verify, progress)
+            work.mend_files(open_run(path))
+            work.seal(open_run(path))
+    except OSError as error:
+        raise RunError(f"{path}: not recovered ({error}); see to it and run it again") from error
+    run = open_run(path)
+    lost = (
+        sum(tail.damaged_records for tail in tails)
+        + len(run.damaged_records)
+        + _superseded_planes(run)
+    )
+    return Recovery(state=run.state, counts=run.counts, lost=lost, done=tuple(work.done))
+
+
+class _Work:
+    """One recovery: what was done so far, and what of it is not durable yet."""
+
+    def __init__(self, path: Path, journal: Journal) -> None:
+        self.done: list[str] = []
+        self._path = path
+        self._journal = journal
+        self._changed: set[Path] = set()
+
+    def close(self) -> None:
+        """Close the journal, and with it give the lock back."""
+        self._journal.close()
+
+    def tell(self, tails: list[Tail]) -> None:
+        """Say which ends of the journal were cut."""
+        for tail in tails:
+            self._touched(tail.path)
+            self.done.append(f"{tail.said}: mended")
+
+    def book(self, run: Run, verify: bool, progress: Progress) -> None:
+        """Bring the journal to what is really there."""
+        pairs = rebuild(run)
+        self._describe_arrays(pairs)
+        outcomes = Outcomes.of(run, self._journal)
+        lost = list(lost_planes(run, trust_durable=not verify, progress=progress))
+        for plane in lost:
+            _book_lost(outcomes, plane)
+        for reason, count in Counter(plane.reason for plane in lost).most_common():
+            self.done.append(f"{count} planes were acknowledged; each {reason}: booked FAILED")
+        unsaved = sorted(_seqs(run).difference(outcomes.raw))
+        for seq in unsaved:
+            outcomes.fail_raw(seq, NO_PLANE)
+        self._say(len(unsaved), "frames came too late to be saved: booked FAILED")
+        unanswered = sorted(outcomes.raw.keys() - outcomes.refocus.keys())
+        for seq in unanswered:
+            if outcomes.raw[seq] is None:
+                outcomes.answer(seq, RefocusOutcome.FAILED, NO_RAW)
+            else:
+                outcomes.answer(seq, RefocusOutcome.LOST, NO_ANSWER)
+        self._say(len(unanswered), "frames had no refocus outcome: booked LOST, without raw FAILED")
+        for rebuilt in pairs:
+            if rebuilt.known and not rebuilt.told:
+                self._journal.line(PairLine.of(rebuilt.pair, rebuilt.shards))
+                self.done.append(f"pair {rebuilt.pair.number}: its line was missing: written")
+        self._journal.settle()
+
+    def mend_files(self, run: Run) -> None:
+        """Make indices and metadata say what the journal says; remove what nothing needs."""
+        faults = find_faults(run, rebuild(run))
+        for index in faults.indices:
+            assert index.array.grid is not None
+            repair_index(index.path, index.array.grid, index.slots)
+            self._touched(index.path)
+        for path, content in faults.metadata:
+            disk.make_folders(path.parent)
+            disk.replace_file(path, content)
+            self._touched(path)
+        for path in faults.leftovers:
+            _remove(path)
+            self._changed.add(path.parent)
+        self.done += _words(self._path, faults)
+
+    def seal(self, run: Run) -> None:
+        """Make all durable, mark it so, and write the seal where the last one is not right."""
+        seal, counts = run.notes.seal, run.counts
+        is_right = seal is not None and (seal.saved, seal.failed) == (counts.saved, counts.failed)
+        if is_right and not self.done:
+            return
+        for record in acknowledged(run):
+            array = run.array(record.image)
+            if array.grid is not None and not run.is_durable(record):
+                self._touched(array.shard_file(record.t, record.c, record.z))
+        durability = Durability(self._journal.files, lambda: self._journal.count)
+        for path in self._changed:
+            durability.changed(path)
+        durability.sync()
+        mark = Record(durability.durable, time.time_ns(), kind=Kind.DURABLE)
+        self._journal.acknowledge(mark)
+        if not is_right:
+            Outcomes.of(run, self._journal).seal(
+                complete=seal is not None and seal.complete,
+                expected_frames=seal.expected_frames if seal else None,
+                note=seal.note if seal else NO_SEAL,
+            )
+            self.done.append("the run was not sealed: sealed")
+        durability.sync()
+
+    def _describe_arrays(self, pairs: list[Rebuilt]) -> None:
+        """Write the zarr.json of arrays that cannot be read, or are too short for their planes."""
+        for rebuilt in (rebuilt for rebuilt in pairs if rebuilt.known):
+            t, c, z = (length - 1 for length in rebuilt.pair.extent)
+            for twin, array in enumerate(rebuilt.arrays):
+                folder = array_dir(self._path, 2 * rebuilt.pair.number + twin)
+                with contextlib.suppress(RunError):
+                    if PlaneArray.open(folder).holds(t, c, z):
+                        continue
+                disk.make_folders(folder)
+                disk.replace_file(folder / "zarr.json", array.zarr_json())
+                self._touched(folder / "zarr.json")
+                self.done.append(
+                    f"{folder.relative_to(self._path)}: its zarr.json was missing, damaged or too "
+                    "short: written"
+                )
+
+    def _say(self, count: int, what: str) -> None:
+        if count:
+            self.done.append(f"{count} {what}")
+
+    def _touched(self, path: Path) -> None:
+        self._changed.update((path, path.parent))
+
+
+def _book_lost(outcomes: Outcomes, plane: LostPlane) -> None:
+    reason = f"found by recover: the plane {plane.reason}"
+    if plane.record.kind == Kind.RAW:
+        outcomes.fail_raw(plane.record.seq, reason)
+    else:
+        outcomes.answer(plane.record.seq, RefocusOutcome.FAILED, reason)
+
+
+def _seqs(run: Run) -> set[int]:
+    """Every frame that anything on disk speaks of."""
+    return {frame.seq for frame in run.frames()} | {r.seq for r in run.records(Kind.REFOCUS)}
+
+
+def _superseded_planes(run: Run) -> int:
+    """Planes that were acknowledged once, and whose last record says that they are not there."""
+    there = {(record.kind, record.seq) for record in acknowledged(run)}
+    once = {(r.kind, r.seq) for r in run.all_records.records if r.has_plane}
+    return len(once - there)
+
+
+def _words(run: Path, faults: Faults) -> Iterator[str]:
+    for index in faults.indices:
+        yield f"{index.path.relative_to(run)}: {index}: index rebuilt"
+    for path, _ in faults.metadata:
+        yield f"{path.relative_to(run)}: missing or not as it should be: written"
+    for path in faults.leftovers:
+        yield f"{path.relative_to(run)}: nothing needs it: removed"
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        disk.remove_tree(path)
+    else:
+        disk.remove(path)

@@ -1,0 +1,147 @@
+"""Reads acknowledged planes back and holds each against the checksum in its record.
+
+Shard after shard, slot after slot, into one piece of memory: the disk reads in order, and the next
+plane is asked for while the checksum of this one is computed.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from io import FileIO
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from refocus.errors import RunError
+from refocus.frame import RawOutcome, RefocusOutcome
+from store.planes import PlaneArray
+from store.reader import Run
+from store.records import Kind, Record, crc32c
+from store.shards import Grid
+
+Progress = Callable[[int, int], None]
+"""Called with (planes read, planes to read)."""
+
+GONE = "is not there any more"
+DAMAGED = "does not fit its checksum; its pixels are damaged"
+
+
+class LostPlane(NamedTuple):
+    """A plane that was acknowledged and cannot be had any more."""
+
+    record: Record
+    reason: str
+
+    def __str__(self) -> str:
+        r = self.record
+        return f"frame {r.seq}: plane {r.image}/t{r.t}/c{r.c}/z{r.z} {self.reason}"
+
+
+def acknowledged(run: Run) -> list[Record]:
+    """The records of all planes that should be there, raw and refocused."""
+    wanted = ((Kind.RAW, RawOutcome.SAVED), (Kind.REFOCUS, RefocusOutcome.REFOCUSED))
+    return [
+        record
+        for kind, outcome in wanted
+        for record in run.records(kind)
+        if record.outcome == outcome
+    ]
+
+
+def lost_planes(
+    run: Run,
+    *,
+    trust_durable: bool = False,
+    progress: Progress = lambda _done, _total: None,
+) -> Iterator[LostPlane]:
+    """Read every acknowledged plane; yields those that are not what was acknowledged.
+
+    *trust_durable*: of planes that survive a power cut only see whether their file is long enough.
+    """
+    records = sorted(acknowledged(run), key=lambda r: (r.image, r.c, r.t, r.z))
+    reader = _SlotReader()
+    try:
+        for done, record in enumerate(records, start=1):
+            trusted = trust_durable and run.is_durable(record)
+            reason = _fault(run, record, reader, trusted=trusted)
+            if reason:
+                yield LostPlane(record, reason)
+            progress(done, len(records))
+    finally:
+        reader.close()
+
+
+def _fault(run: Run, record: Record, reader: "_SlotReader", *, trusted: bool) -> str:
+    """What is wrong with a plane; empty where nothing is."""
+    try:
+        array = run.array(record.image)
+        if array.grid is None:
+            return "" if trusted else _fault_by_zarr(array, record)
+        if not array.holds(record.t, record.c, record.z):
+            return f"lies outside the shape {array.shape}, where no other program sees it"
+        path = array.shard_file(record.t, record.c, record.z)
+        slot = array.grid.slot(record.t, record.z)
+        if trusted:
+            return "" if reader.reaches(path, array.grid, slot) else GONE
+        found = reader.crc32c(path, array.grid, slot)
+    except (RunError, OSError) as error:
+        return f"cannot be read ({error})"
+    if found is None:
+        return GONE
+    return "" if found == record.plane_crc32c else DAMAGED
+
+
+def _fault_by_zarr(array: PlaneArray, record: Record) -> str:
+    plane = array.read(record.t, record.c, record.z)
+    if plane is None:
+        return GONE
+    return "" if crc32c(np.ascontiguousarray(plane)) == record.plane_crc32c else DAMAGED
+
+
+class _SlotReader:
+    """Reads slots of one shard after the other."""
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._file: FileIO | None = None
+        self._nbytes = 0
+        self._memory: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
+
+    def crc32c(self, path: Path, grid: Grid, slot: int) -> int | None:
+        """Checksum of the plane in a slot; None where the file ends before. Raises OSError."""
+        if not self.reaches(path, grid, slot):
+            return None
+        assert self._file is not None
+        if self._memory.size != grid.plane_bytes:
+            self._memory = np.empty(grid.plane_bytes, np.uint8)
+        if hasattr(os, "posix_fadvise"):
+            behind = (slot + 1) * grid.stride
+            os.posix_fadvise(self._file.fileno(), behind, grid.stride, os.POSIX_FADV_WILLNEED)
+        self._file.seek(slot * grid.stride)
+        done = 0
+        while done < grid.plane_bytes:
+            count = self._file.readinto(self._memory.data[done:])
+            if not count:
+                return None
+            done += count
+        return crc32c(self._memory)
+
+    def reaches(self, path: Path, grid: Grid, slot: int) -> bool:
+        """Whether the shard's file holds the whole slot. Raises OSError."""
+        if path != self._path:
+            self.close()
+            try:
+                self._file = path.open("rb", buffering=0)
+            except FileNotFoundError:
+                self._nbytes = 0
+            else:
+                self._nbytes = os.fstat(self._file.fileno()).st_size
+            self._path = path
+        return slot * grid.stride + grid.plane_bytes <= self._nbytes
+
+    def close(self) -> None:
+        """Close the file that is open."""
+        if self._file is not None:
+            self._file.close()
+        self._path = self._file = None
