@@ -18,6 +18,7 @@ from store.journal import (
     GeneratorLine,
     Journal,
     ReasonLine,
+    RunLine,
     ScalingLine,
     SealLine,
 )
@@ -72,18 +73,18 @@ class Outcomes:
         self._book(seq, Kind.REFOCUS, outcome, reason, generator)
 
     def note_scaling(self, channel: str, offset: float, scale: float) -> None:
-        """Write down the frozen scaling of a channel. Raises RunError, OSError."""
+        """Write down the frozen scaling of a channel. Raises RunError."""
         if not (math.isfinite(offset) and math.isfinite(scale) and scale > 0):
             raise RunError(f"scaling of {channel!r}: wanted finite numbers, got {offset}, {scale}")
-        self._journal.line(ScalingLine(plain(channel), offset, scale))
+        self._note(ScalingLine(plain(channel), offset, scale))
 
     def note_generator(self, package_hash: str, name: str, version: str, runtime: str) -> int:
-        """Write down a generator in a runtime once; returns its number. Raises OSError."""
+        """Write down a generator in a runtime once; returns its number. Raises RunError."""
         known = self._generators.get((package_hash, runtime))
         if known is not None:
             return known
         number = self._last_generator + 1
-        self._journal.line(
+        self._note(
             GeneratorLine(
                 number=number,
                 package_hash=package_hash,
@@ -97,8 +98,8 @@ class Outcomes:
         return number
 
     def note_event(self, kind: str, fields: dict[str, object]) -> None:
-        """Write down something that happened beside the frames. Raises OSError."""
-        self._journal.line(EventLine(time.time_ns(), kind, plain(fields)))
+        """Write down something that happened beside the frames. Raises RunError."""
+        self._note(EventLine(time.time_ns(), kind, plain(fields)))
 
     def counts(self) -> Counts:
         """Outcomes so far, by the last record of every frame."""
@@ -117,6 +118,12 @@ class Outcomes:
                 note=plain(note),
             )
         )
+
+    def _note(self, line: RunLine) -> None:
+        try:
+            self._journal.line(line)
+        except OSError as error:
+            raise RunError(f"the journal takes no line ({error})") from error
 
     def _adds_up(self, expected_frames: int | None) -> bool:
         """Whether every frame 0..n-1 (n: *expected_frames* where known) has its raw plane."""

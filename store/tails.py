@@ -7,13 +7,17 @@ Only the end of a file is ever cut. A damaged entry with whole ones behind it st
 because records are numbered by their place; readers leave it out.
 """
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from refocus.errors import RunError
 from store import disk
-from store.journal import FRAMES, LINES, OUTCOMES
+from store.journal import FRAMES, LINES, LOCK, OUTCOMES, Journal
+from store.layout import is_run, journal_dir
+from store.lock import WriterLock
+from store.reader import Run, open_run
 from store.records import (
     RECORD_BYTES,
     file_header,
@@ -47,6 +51,28 @@ def torn_tails(folder: Path) -> list[Tail]:
     """
     tails = [_outcomes_tail(folder), *(_lines_tail(folder / name) for name in (FRAMES, LINES))]
     return [tail for tail in tails if tail is not None]
+
+
+def resume(path: Path) -> tuple[Run, Journal]:
+    """A run that was sealed, and its journal open to go on with it.
+
+    Raises LockedError where it has another writer, RunError where its journal has no seal or no
+    whole end: `recover` gives it both.
+    """
+    if not is_run(path):
+        raise RunError(f"{path}: not a run (it has no folder journal); give a run's folder")
+    folder = journal_dir(path)
+    with contextlib.ExitStack() as held:
+        try:
+            held.callback((lock := WriterLock(folder / LOCK)).release)
+            run = open_run(path)
+            if run.notes.seal is None or torn_tails(folder):
+                raise RunError(f"{path}: was not closed; run `refocus recover` first")
+            journal = Journal.reopen(folder, lock, run.all_records.count)
+        except OSError as error:
+            raise RunError(f"{path}: cannot be reopened ({error})") from error
+        held.pop_all()
+    return run, journal
 
 
 def cut(tail: Tail) -> None:

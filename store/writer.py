@@ -16,9 +16,8 @@ returns (store/underway.py).
 All calls come from one thread. Readers may open the run at any moment (store/reader.py).
 """
 
-import contextlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -28,15 +27,14 @@ from refocus.frame import Frame, FrameHeader, Pixels, RawOutcome, RefocusOutcome
 from refocus.status import Counts
 from store.durable import Durability
 from store.images import Images
-from store.journal import LOCK, FrameLine, Journal, PairLine, SealLine
-from store.layout import Pair, Place, Placer, RunInfo, is_run, journal_dir
-from store.lock import WriterLock
+from store.journal import FrameLine, Journal, PairLine, SealLine
+from store.layout import Pair, Place, Placer, RunInfo, journal_dir
 from store.outcomes import Outcomes
 from store.plain import plain_header, plain_info, plain_tags
-from store.reader import Run, open_run
-from store.rebuild import Rebuilt, rebuild
+from store.reader import Run
+from store.rebuild import rebuild
 from store.records import MAX_CLIPPED, Kind
-from store.tails import torn_tails
+from store.tails import resume
 from store.underway import Pending, Underway, describe, reason_of, record_of
 
 
@@ -97,24 +95,13 @@ class RunWriter:
         Raises LockedError where it has another writer, RunError where its journal has no seal or
         no whole end: `recover` gives it both.
         """
-        if not is_run(path):
-            raise RunError(f"{path}: not a run (it has no folder journal); give a run's folder")
+        run, journal = resume(path)
+        writer = cls(path, journal, None, None)
         try:
-            with contextlib.ExitStack() as held:
-                lock = WriterLock(journal_dir(path) / LOCK)
-                held.callback(lock.release)
-                run = open_run(path)
-                if run.notes.seal is None or torn_tails(journal_dir(path)):
-                    raise RunError(f"{path}: was not closed; run `refocus recover` first")
-                journal = Journal.reopen(journal_dir(path), lock, run.all_records.count)
-                held.callback(journal.close)
-                pairs = rebuild(run)
-                writer = cls(path, journal, None, None)
-                held.callback(writer._leave)
-                writer._adopt(run, pairs)
-                held.pop_all()
-        except OSError as error:
-            raise RunError(f"{path}: cannot be reopened ({describe(error)})") from error
+            writer._adopt(run)
+        except BaseException:
+            writer._leave()
+            raise
         return writer
 
     def write_raw(self, frame: Frame, tags: Mapping[str, object]) -> FrameHeader:
@@ -209,18 +196,15 @@ class RunWriter:
 
     def note_scaling(self, channel: str, offset: float, scale: float) -> None:
         """Write down the frozen scaling of a channel: network = (counts - offset) / scale."""
-        with self._noting():
-            self._outcomes.note_scaling(channel, offset, scale)
+        self._outcomes.note_scaling(channel, offset, scale)
 
     def note_generator(self, package_hash: str, name: str, version: str, runtime: str) -> int:
         """Write down a generator in a runtime; returns its number for `Provenance`."""
-        with self._noting():
-            return self._outcomes.note_generator(package_hash, name, version, runtime)
+        return self._outcomes.note_generator(package_hash, name, version, runtime)
 
     def note_event(self, kind: str, **fields: object) -> None:
         """Write down something that happened beside the frames: a worker died, restarted, ..."""
-        with self._noting():
-            self._outcomes.note_event(kind, fields)
+        self._outcomes.note_event(kind, fields)
 
     @property
     def sync_trouble(self) -> str:
@@ -276,12 +260,12 @@ class RunWriter:
         self._durability.close()
         self._journal.close()
 
-    def _adopt(self, run: Run, pairs: list[Rebuilt]) -> None:
+    def _adopt(self, run: Run) -> None:
         """Take over what the run has; its raw planes are all there are."""
         self._seal = run.notes.seal
         self._outcomes = Outcomes.of(run, self._journal)
         self._underway = Underway(self._outcomes, self._journal, self._durability)
-        for rebuilt in pairs:
+        for rebuilt in rebuild(run):
             self._placer.pairs.append(rebuilt.pair)
             self._images.adopt(rebuilt.pair)
 
@@ -312,10 +296,3 @@ class RunWriter:
     def _require_open_answer(self, seq: int) -> None:
         if self._outcomes.refocus.get(seq) == RefocusOutcome.REFOCUSED:
             raise RunError(f"frame {seq}: its refocused twin is on disk; it is never written again")
-
-    @contextlib.contextmanager
-    def _noting(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise RunError(f"{self.path}: the journal takes no line ({describe(error)})") from error
