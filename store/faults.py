@@ -69,7 +69,8 @@ def find_faults(run: Run, pairs: Sequence[Rebuilt]) -> Faults:
             )
     used = _ever_used(run, pairs)
     shown = [_shown(run, rebuilt) for rebuilt in pairs]
-    leftovers = [*run.path.rglob(".*.partial")]
+    # A hidden folder is what `refocus finish` goes on with.
+    leftovers = [path for path in run.path.rglob(".*.partial") if path.is_file()]
     if not run.damaged_records:
         leftovers += [*_unused_images(run, len(pairs)), *_unused_shards(pairs, used)]
     return Faults(

@@ -109,6 +109,12 @@ class PlaneArray:
         """uint8, uint16 or float32."""
         return str(self._metadata["data_type"])
 
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the zarr library made it, as `refocus finish` does: its planes are compressed."""
+        ours = _new_metadata(self.shape[3:], self.dtype, None) | {"shape": list(self.shape)}
+        return self.grid is None and self._metadata != ours
+
     def holds(self, t: int, c: int, z: int) -> bool:
         """Whether these indices lie within the shape."""
         return t < self.shape[0] and c < self.shape[1] and z < self.shape[2]

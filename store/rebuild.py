@@ -14,6 +14,7 @@ from typing import NamedTuple
 from refocus.errors import RunError
 from refocus.frame import FrameHeader, RawOutcome
 from store import metadata
+from store.journal import PairLine
 from store.layout import (
     KNOWN_AXES,
     AxisValue,
@@ -51,6 +52,10 @@ class Rebuilt(NamedTuple):
     def shards(self) -> tuple[int, int] | None:
         """Planes of a shard along t and z; None: a plane is a file."""
         return (self.raw.grid.t, self.raw.grid.z) if self.raw.grid else None
+
+
+_Found = tuple[PlaneArray | None, PlaneArray | None]
+"""Raw and refocused array of a pair, as far as they can be read."""
 
 
 class _Plane(NamedTuple):
@@ -92,21 +97,41 @@ def _rebuild(run: Run, number: int, planes: list[_Plane]) -> Rebuilt:
         if plane.header is not None:
             pair.note_height(plane.place.z, plane.header)
     pair.channel_names += _channel_names(run, pair, line.channels if line else [], planes)
-    fitting = [array for array in found if array and form and _fits(array, form)]
-    template = fitting[0] if fitting else None
-    if template is None and line is not None:
-        template = PlaneArray.unwritten(run.path, line.shape, line.dtype, line.shards)
-    known = template is not None
-    if template is None:
-        template = PlaneArray.unwritten(run.path, pair.form.shape, pair.form.dtype, None)
-    raw, refocused = (
-        (own if own in fitting and own else template).resized(
-            array_dir(run.path, 2 * number + twin), *pair.extent
-        )
-        for twin, own in enumerate(found)
-    )
+    raw, refocused = (_array(run, pair, twin, found, line) for twin in (0, 1))
+    known = raw is not None and refocused is not None
+    if raw is None or refocused is None:
+        raw = refocused = PlaneArray.unwritten(run.path, pair.form.shape, pair.form.dtype, None)
     told = line is not None and line.channels == pair.channel_names
-    return Rebuilt(pair, raw, refocused, known, told)
+    extent = pair.extent
+    return Rebuilt(
+        pair,
+        raw.resized(array_dir(run.path, 2 * number), *extent),
+        refocused.resized(array_dir(run.path, 2 * number + 1), *extent),
+        known,
+        told,
+    )
+
+
+def _array(
+    run: Run, pair: Pair, twin: int, found: _Found, line: PairLine | None
+) -> PlaneArray | None:
+    """What an array of the pair is: by its own zarr.json, its twin's, the journal; else None."""
+    own, other = found[twin], found[1 - twin]
+    if own is not None and _fits(own, pair.form):
+        return own
+    # The twin's tells only where both are compressed, or neither is.
+    folder = array_dir(run.path, 2 * pair.number + twin)
+    is_foreign = (folder / "c").is_dir()
+    if other is not None and _fits(other, pair.form) and other.is_foreign == is_foreign:
+        return other
+    if is_foreign:
+        raise RunError(
+            f"{folder}/zarr.json cannot be read, and nothing else says how its planes are "
+            "compressed; put it back from a copy"
+        )
+    if line is None:
+        return None
+    return PlaneArray.unwritten(folder, line.shape, line.dtype, line.shards)
 
 
 def _channel_names(run: Run, pair: Pair, told: list[str], planes: list[_Plane]) -> list[str]:
@@ -123,7 +148,7 @@ def _channel_names(run: Run, pair: Pair, told: list[str], planes: list[_Plane]) 
     return names
 
 
-def _form_on_disk(run: Run, number: int, found: tuple[PlaneArray | None, ...]) -> Form | None:
+def _form_on_disk(run: Run, number: int, found: _Found) -> Form | None:
     array = next((array for array in found if array), None)
     if array is None:
         return None
