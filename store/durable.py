@@ -30,6 +30,7 @@ class Durability:
         self._records = records
         self._changed: set[Path] = set()
         self._lock = threading.Lock()
+        self._round = threading.Lock()
         self._stopping = threading.Event()
         self.durable = 0
         """Records that survive a power cut, together with their planes."""
@@ -42,23 +43,25 @@ class Durability:
         self._thread.start()
 
     def changed(self, path: Path) -> None:
-        """Any thread. This file or folder is not durable as it is; say so before its record."""
+        """Any thread. This file or folder was changed; say so after that, and before its record."""
         with self._lock:
             self._changed.add(path)
 
     def sync(self) -> None:
         """Make everything up to now durable. Raises OSError, now and from then on."""
-        records = self._records()
-        with self._lock:
-            changed, self._changed = self._changed, set()
-        try:
-            for path in (*sorted(changed), *self._journal):
-                disk.sync(path)
-        except OSError as error:
-            self.trouble = self.trouble or str(error)
-        if self.trouble:
-            raise OSError(f"what was written may not be on the disk: {self.trouble}")
-        self.durable = records
+        with self._round:  # what another round has taken upon itself is not durable before its end
+            records = self._records()
+            with self._lock:
+                changed, self._changed = self._changed, set()
+            try:
+                # A folder after what is in it: a name that is durable stands for a whole file.
+                for path in (*sorted(changed, reverse=True), *self._journal):
+                    disk.sync(path)
+            except OSError as error:
+                self.trouble = self.trouble or str(error)
+            if self.trouble:
+                raise OSError(f"what was written may not be on the disk: {self.trouble}")
+            self.durable = records
 
     def close(self) -> None:
         """End the thread; what has changed since its last round stays as it is. May be repeated."""

@@ -148,6 +148,8 @@ class PlaneArray:
         self.cover(t, c, z)
         if self.grid is None:
             self._by_zarr("r+")[t, c, z] = staged.pixels
+            self._shards.changed(self._folder / f"c.{t}.{c}.{z}.0.0")
+            self._shards.changed(self._folder)
         else:
             path = self.shard_file(t, c, z)
             self._shards.put(path, self.grid, self.grid.slot(t, z), staged)
@@ -190,7 +192,7 @@ class PlaneArray:
         return int(shard_t) * self.grid.t >= t or int(shard_z) * self.grid.z >= z
 
     def _by_zarr(self, mode: str) -> Any:
-        return zarr.open_array(self._folder, mode=mode, config={"write_empty_chunks": True})
+        return zarr.open_array(self._folder, mode=mode).with_config({"write_empty_chunks": True})
 
     def _reshape(self, lengths: tuple[int, int, int]) -> None:
         grown = self._metadata | {"shape": [*lengths, *self._metadata["shape"][3:]]}
@@ -206,6 +208,7 @@ class PlaneArray:
         disk.replace_file(path, self.zarr_json())
         if self._shards is not None:
             self._shards.changed(path)
+            self._shards.changed(self._folder)
 
 
 def _grown(length: int, index: int, block: int) -> int:

@@ -1,0 +1,169 @@
+"""A stand-in for `os` in store/disk.py, and processes that may die.
+
+A test sees every call that changes a file of a run, or makes it durable, in order, and says what
+becomes of it: done, done by half, refused, or the last thing that its process does.
+"""
+
+import errno
+import functools
+import itertools
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from store import disk
+
+CHANGES = frozenset(
+    ("open", "pwrite", "write", "ftruncate", "mkdir", "unlink", "replace", "fdatasync", "fsync")
+)
+WINDOWS = ("pwrite", "pread", "fdatasync", "O_DIRECT", "posix_fadvise", "posix_fallocate")
+"""What `os` lacks there."""
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call that changes a file, or makes it durable."""
+
+    number: int
+    """Of all such calls, from 0."""
+    name: str
+    path: Path
+    args: tuple[Any, ...]
+
+    @property
+    def writes(self) -> bool:
+        """Whether it puts bytes into a file."""
+        return self.name in ("pwrite", "write")
+
+    def do(self) -> Any:
+        """What the system answers."""
+        return getattr(os, self.name)(*self.args)
+
+    def do_half(self) -> Any:
+        """Write the first half of the bytes only."""
+        descriptor, data, *offset = self.args
+        half = memoryview(data)[: len(data) // 2]
+        return getattr(os, self.name)(descriptor, half, *offset)
+
+
+Rule = Callable[[Call], Any]
+
+
+class FaultyOs:
+    """`os`, of which *rule* answers every call in CHANGES; *without*: names it does not have."""
+
+    def __init__(self, rule: Rule = Call.do, *, without: Collection[str] = ()) -> None:
+        self.rule = rule
+        self._without = without
+        self._numbers = itertools.count()
+        self._paths: dict[int, Path] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._without:
+            raise AttributeError(name)
+        found = getattr(os, name)
+        return functools.partial(self._change, name) if name in CHANGES else found
+
+    def close(self, descriptor: int) -> None:
+        self._paths.pop(descriptor, None)
+        os.close(descriptor)
+
+    def _change(self, name: str, *args: Any) -> Any:
+        if name == "open":
+            path = Path(args[0])
+            makes = args[1] & (os.O_CREAT | os.O_TRUNC)
+            answer = self._ask(name, path, args) if makes else os.open(*args)
+            self._paths[answer] = path
+            return answer
+        target = args[1] if name == "replace" else args[0]
+        return self._ask(name, self._paths[target] if type(target) is int else Path(target), args)
+
+    def _ask(self, name: str, path: Path, args: tuple[Any, ...]) -> Any:
+        return self.rule(Call(next(self._numbers), name, path, args))
+
+
+def die() -> None:
+    """kill -9 to this process."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dies_at(number: int, *, by_half: bool = False) -> Rule:
+    """Before the call of this number, or when half of its bytes are written."""
+
+    def rule(call: Call) -> Any:
+        if call.number == number:
+            if by_half and call.writes:
+                call.do_half()
+            die()
+        return call.do()
+
+    return rule
+
+
+def fails_at(number: int, error: int, *, by_half: bool = False, times: int = 1) -> Rule:
+    """The call of this number, and the next ones up to *times*, end in an error.
+
+    *by_half*: half of the bytes are taken first, as by a disk that gets full.
+    """
+
+    def rule(call: Call) -> Any:
+        if not number <= call.number < number + times:
+            return call.do()
+        if by_half and call.writes and call.number == number and len(call.args[1]) > 1:
+            return call.do_half()  # whoever asks for the rest gets the error, with times=2
+        raise OSError(error, os.strerror(error), str(call.path))
+
+    return rule
+
+
+def fails_where(wanted: Callable[[Call], bool], error: int = errno.EIO) -> Rule:
+    """Every call that is *wanted* ends in an error."""
+
+    def rule(call: Call) -> Any:
+        if wanted(call):
+            raise OSError(error, os.strerror(error), str(call.path))
+        return call.do()
+
+    return rule
+
+
+def in_a_child(work: Callable[[Callable[[str], None]], None], rule: Rule) -> tuple[int, list[str]]:
+    """Run *work(say)* in a process of its own, whose disk follows *rule*.
+
+    Returns how it ended (a negative signal number, or an exit code) and the whole lines it said.
+    """
+    reading, writing = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside zarr's idle thread
+        child = os.fork()
+    if not child:
+        _work_and_exit(work, rule, writing)
+    os.close(writing)
+    with open(reading, encoding="utf-8") as pipe:  # noqa: PTH123  # a descriptor
+        said = pipe.read()
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status), said.split("\n")[:-1]
+
+
+def _work_and_exit(work: Callable[[Callable[[str], None]], None], rule: Rule, writing: int) -> None:
+    code = 1
+    try:
+        setattr(disk, "os", FaultyOs(rule))  # noqa: B010  # the child ends with it
+        with open(writing, "w", encoding="utf-8", buffering=1) as pipe:
+            work(lambda line: print(line, file=pipe))
+        code = 0
+    except BaseException:  # noqa: BLE001  # nothing of pytest may go on in this process
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
