@@ -1,14 +1,16 @@
 """Reads a whole run back and says what of it can be trusted. Read-only.
 
 Every acknowledged plane is read and held against the checksum in its record, every record against
-its own. Whether the folder is a valid OME-Zarr is left to yaozarrs, whose opinion is worth
-something because nobody here wrote it; without it installed (a test dependency) the answer is
-"not known", never a guess of our own.
+its own; and what other programs go by (shard indices, shapes, metadata) against the journal. What
+`refocus recover` would mend, it says here.
+
+Whether the folder is a valid OME-Zarr is left to yaozarrs, whose opinion is worth something because
+nobody here wrote it; without it installed (a test dependency) the answer is "not known", never a
+guess of our own.
 """
 
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,14 @@ import msgspec
 from refocus.errors import RunError
 from refocus.frame import RawOutcome, RefocusOutcome
 from refocus.status import Counts
-from store.journal import FRAMES, LINES, SealLine
+from store.faults import Faults, find_faults
+from store.journal import SealLine
 from store.layout import journal_dir
-from store.reader import FrameEntry, Run, State, open_run
+from store.reader import FrameEntry, Run, State, is_unborn, open_run
+from store.rebuild import rebuild
 from store.records import Kind
-
-Progress = Callable[[int, int], None]
-"""Called with (planes read, planes to read)."""
+from store.tails import torn_tails
+from store.verify import Progress, lost_planes
 
 
 class RawCheck(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,41 +75,51 @@ def check(path: Path, progress: Progress = lambda _done, _total: None) -> Report
     """Read everything back. Raises RunError where *path* is no run, or its journal no journal."""
     run = open_run(path)
     counts = run.counts
-    total = counts.saved + counts.refocused
-    raw = _read_all(run, Kind.RAW, RawOutcome.SAVED, lambda done: progress(done, total))
-    refocused = _read_all(
-        run,
-        Kind.REFOCUS,
-        RefocusOutcome.REFOCUSED,
-        lambda done: progress(counts.saved + done, total),
-    )
+    try:
+        lost = list(lost_planes(run, progress=progress))
+        # A writer that is at work is about to bring both to where the journal is.
+        faults = None if run.state == State.LIVE else find_faults(run, rebuild(run))
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error})") from error
+    raw = sum(plane.record.kind == Kind.RAW for plane in lost)
     valid, complaint = _validate(path) if counts.saved else (None, "")
-    findings = [*_findings(run), *raw, *refocused]
+    findings = [*_findings(run), *map(str, lost)]
+    remarks = []
+    if faults is not None:
+        findings += _wrong(run, faults)
+        remarks += [*_remarks(run), *_superfluous(run, faults)]
     if complaint:
         findings.append(f"not a valid OME-Zarr: {complaint}")
     return Report(
         state=run.state,
-        raw=RawCheck(acknowledged=counts.saved, readable=counts.saved - len(raw), damaged=len(raw)),
+        raw=RawCheck(acknowledged=counts.saved, readable=counts.saved - raw, damaged=raw),
         counts=counts,
         generator=_generators(run),
         valid_ome_zarr=valid,
         findings=tuple(findings),
-        remarks=tuple(_remarks(run)),
+        remarks=tuple(remarks),
     )
 
 
-def _read_all(run: Run, kind: Kind, outcome: int, progress: Callable[[int], None]) -> list[str]:
-    """Read every plane of a kind; returns one line for each that is not what was acknowledged."""
-    read = run.raw if kind == Kind.RAW else run.refocused
-    damaged: list[str] = []
-    planes = (record for record in run.records(kind) if record.outcome == outcome)
-    for done, record in enumerate(planes, start=1):
-        try:
-            read(record.seq)
-        except (RunError, OSError) as error:
-            damaged.append(str(error))
-        progress(done)
-    return damaged
+def _wrong(run: Run, faults: Faults) -> Iterator[str]:
+    """What other programs do not see, or see wrong."""
+    for index in faults.indices:
+        if index.hidden or not index.unknown:
+            yield f"{index.path.relative_to(run.path)}: {index}; run `refocus recover`"
+    if run.notes.seal is None:  # shapes run ahead until then, and names and steps lag behind
+        return
+    for path, _ in faults.metadata:
+        name = path.relative_to(run.path)
+        yield f"{name}: missing, or not as it should be; run `refocus recover`"
+
+
+def _superfluous(run: Run, faults: Faults) -> Iterator[str]:
+    """What is there and nothing needs."""
+    for index in faults.indices:
+        if index.unknown and not index.hidden:
+            yield f"{index.path.relative_to(run.path)}: {index}"
+    for path in faults.leftovers:
+        yield f"{path.relative_to(run.path)}: nothing needs it"
 
 
 def _findings(run: Run) -> Iterator[str]:
@@ -131,28 +144,15 @@ def _findings(run: Run) -> Iterator[str]:
 
 def _remarks(run: Run) -> Iterator[str]:
     """What is worth knowing of a killed run, and is no loss."""
-    if run.torn_bytes:
-        yield f"the last record is torn ({run.torn_bytes} bytes); it acknowledged nothing"
-    if run.state == State.LIVE:
-        return
-    for name in (FRAMES, LINES):
-        if _ends_torn(journal_dir(run.path) / name):
-            yield f"the last line of {name} is torn; what it spoke of was never acknowledged"
+    if not is_unborn(journal_dir(run.path)):
+        yield from (tail.said for tail in torn_tails(journal_dir(run.path)))
     unacknowledged = sum(frame.raw is None for frame in run.frames())
     if unacknowledged:
         yield f"{unacknowledged} frames came too late to be acknowledged"
     if run.notes.seal is None and run.counts.unanswered > 0:
         yield f"{run.counts.unanswered} frames have no refocus outcome"
-
-
-def _ends_torn(path: Path) -> bool:
-    if not path.exists():
-        return False
-    with path.open("rb") as file:
-        if not file.seek(0, os.SEEK_END):
-            return False
-        file.seek(-1, os.SEEK_END)
-        return file.read() != b"\n"
+    if run.notes.seal is None and run.counts.received:
+        yield "`refocus recover` closes it as far as it was acknowledged"
 
 
 def _shortfall(counts: Counts, seal: SealLine) -> str:

@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -57,6 +58,16 @@ class Recovery(msgspec.Struct, frozen=True, kw_only=True):
     """Planes, raw and refocused, that were acknowledged and cannot be had any more."""
     done: tuple[str, ...]
     """In words; empty where nothing had to be done."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that `refocus recover --json` prints."""
+        return {
+            "state": str(self.state),
+            "saved": self.counts.saved,
+            "refocused": self.counts.refocused,
+            "lost": self.lost,
+            "done": list(self.done),
+        }
 
 
 def recover(
@@ -185,7 +196,8 @@ class _Work:
                 expected_frames=seal.expected_frames if seal else None,
                 note=seal.note if seal else NO_SEAL,
             )
-            self.done.append("the run was not sealed: sealed")
+            what = "it was not sealed: sealed" if seal is None else "its seal was old: sealed again"
+            self.done.append(what)
         durability.sync()
 
     def _describe_arrays(self, pairs: list[Rebuilt]) -> None:
@@ -236,8 +248,10 @@ def _superseded_planes(run: Run) -> int:
 def _words(run: Path, faults: Faults) -> Iterator[str]:
     for index in faults.indices:
         yield f"{index.path.relative_to(run)}: {index}: index rebuilt"
-    for path, _ in faults.metadata:
-        yield f"{path.relative_to(run)}: missing or not as it should be: written"
+    if faults.metadata:
+        names = [str(path.relative_to(run)) for path, _ in faults.metadata]
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        yield f"{', '.join(names[:4])}{more}: missing or not as the planes are: written"
     for path in faults.leftovers:
         yield f"{path.relative_to(run)}: nothing needs it: removed"
 

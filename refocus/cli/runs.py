@@ -1,6 +1,7 @@
-"""Commands about runs on disk: `refocus check`.
+"""Commands about runs on disk: `refocus check`, `refocus recover`.
 
-Exit codes: 0 everything acknowledged is there, 1 something is wrong, 2 no run at this path.
+Exit codes: 0 everything acknowledged is there, 1 something is wrong, 2 no run at this path, 4 the
+run has a writer (recover).
 """
 
 import argparse
@@ -25,18 +26,57 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     check.add_argument("path", metavar="RUN", type=Path, help="the run's folder")
     check.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
     check.set_defaults(run=_check)
+    recover = subparsers.add_parser(
+        "recover",
+        help="make a run whole after its writer was killed, or after a power cut",
+        description="Make a run valid and complete as far as it was acknowledged, whatever ended "
+        "its writer. Planes that are gone or damaged become absent. A second time changes nothing.",
+    )
+    recover.add_argument("path", metavar="RUN", type=Path, help="the run's folder")
+    recover.add_argument(
+        "--no-verify",
+        dest="verify",
+        action="store_false",
+        help="read only those planes back that a power cut could have touched",
+    )
+    recover.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    recover.set_defaults(run=_recover)
 
 
 def _check(arguments: argparse.Namespace) -> int:
     from store.check import check
-    from store.layout import is_run
 
-    path: Path = arguments.path
-    if not is_run(path):
-        raise SettingsError(f"{path}: not a run (it has no folder journal); give a run's folder")
+    path = _run_at(arguments.path)
     report = check(path, _show_progress) if sys.stderr.isatty() else check(path)
     print(json.dumps(report.as_json()) if arguments.json else _summary(path, report))
     return 1 if report.findings else 0
+
+
+def _recover(arguments: argparse.Namespace) -> int:
+    from store.recover import recover
+
+    path = _run_at(arguments.path)
+    progress = _show_progress if sys.stderr.isatty() else lambda _done, _total: None
+    recovery = recover(path, verify=arguments.verify, progress=progress)
+    if arguments.json:
+        print(json.dumps(recovery.as_json()))
+        return 1 if recovery.lost else 0
+    counts = recovery.counts
+    print(
+        f"{path}: {recovery.state}; {counts.saved} raw planes and {counts.refocused} refocused "
+        f"ones are there, {recovery.lost} of those acknowledged are lost"
+    )
+    for done in recovery.done or ["nothing had to be done"]:
+        print(f"  {done}")
+    return 1 if recovery.lost else 0
+
+
+def _run_at(path: Path) -> Path:
+    from store.layout import is_run
+
+    if not is_run(path):
+        raise SettingsError(f"{path}: not a run (it has no folder journal); give a run's folder")
+    return path
 
 
 def _show_progress(done: int, total: int) -> None:
