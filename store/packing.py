@@ -137,17 +137,20 @@ class Packed:
 
         *like*: the shape of planes whose blocks it shares. *separator*: of chunk keys. OSError.
         """
-        if made_from(path) == source.digest:
-            return cls(path, _open(path, "r+"))
-        disk.remove_tree(path)
         tile = tuple(min(side, TILE_PX) for side in shape)
-        shard = tuple(-(-side // step) * step for side, step in zip(shape, tile, strict=True))
         of_t, of_z = _per_shard(source, like)
+        shard = tuple(-(-side // step) * step for side, step in zip(shape, tile, strict=True))
+        shards = (of_t, 1, of_z, *shard)
+        if made_from(path) == source.digest:
+            array = zarr.open_array(path, mode="r+", config=_ABSENT_STAYS_ABSENT)
+            if array.shards == shards:
+                return cls(path, array)
+        disk.remove_tree(path)
         array = zarr.create_array(
             store=path,
             shape=(*source.array.shape[:3], *shape),
             chunks=(1, 1, 1, *tile),
-            shards=(of_t, 1, of_z, *shard),
+            shards=shards,
             dtype=source.dtype,
             compressors=BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"),
             fill_value=0,
@@ -194,7 +197,3 @@ def within(block: Block, slot: Slot) -> Slot:
     """Indices of a plane within its block."""
     t, c, z = (index - first for index, first in zip(slot, block.first, strict=True))
     return t, c, z
-
-
-def _open(path: Path, mode: str) -> Any:
-    return zarr.open_array(path, mode=mode, config=_ABSENT_STAYS_ABSENT)
