@@ -85,16 +85,18 @@ def remove(path: Path) -> None:
     os.unlink(path)
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes, *, offset: int = 0) -> None:
     """Put *content* at *path*: a reader, or a kill at any moment, finds the old or the new.
 
-    Where that fails nothing of it stays. Raises OSError.
+    Before *offset* the file is a hole. Where that fails nothing of it stays. Raises OSError.
     """
     temporary = path.with_name(f".{path.name}.partial")
     try:
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | _BINARY, 0o666)
         try:
-            write_at(descriptor, content, 0)
+            if offset:
+                make_sparse(descriptor)
+            write_at(descriptor, content, offset)
         finally:
             os.close(descriptor)
         _rename_over(temporary, path)
@@ -127,7 +129,8 @@ def sync(path: Path) -> None:
     except FileNotFoundError:
         return
     try:
-        getattr(os, "fdatasync", os.fsync)(descriptor)
+        # A folder's names are not data to every file system: fdatasync might leave them out.
+        (os.fsync if folder else getattr(os, "fdatasync", os.fsync))(descriptor)
     finally:
         os.close(descriptor)
 
@@ -189,8 +192,8 @@ def takes_direct_writes(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def _probe_file(folder: Path) -> Iterator[tuple[int, Path]]:
-    path = folder / ".probe.partial"
-    descriptor = open_new(path)
+    path = folder / ".probe.partial"  # a kill may have left one
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | _BINARY, 0o666)
     try:
         yield descriptor, path
     finally:

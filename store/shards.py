@@ -190,10 +190,9 @@ class _Shard:
 
     def __init__(self, path: Path, grid: Grid, *, direct: bool) -> None:
         self._grid = grid
-        try:
-            self._file = disk.open_new(path)
-        except FileExistsError:
-            self._file = disk.open_existing(path)
+        if not path.exists():  # seen without its index, it would be refused by every reader
+            disk.replace_file(path, _encode(grid.empty_index()), offset=grid.index_offset)
+        self._file = disk.open_existing(path)
         self._direct: int | None = None
         try:
             index = _decode(
@@ -201,7 +200,6 @@ class _Shard:
             )
             if index is None:
                 index = grid.empty_index()
-                disk.make_sparse(self._file)
                 disk.write_at(self._file, _encode(index), grid.index_offset)
             self._index = index
             if direct:
@@ -213,7 +211,9 @@ class _Shard:
     def put(self, slot: int, staged: "Staged") -> None:
         """Write a plane, then list it."""
         if self._direct is None:
-            disk.write_at(self._file, staged.pages[: self._grid.plane_bytes].data, self._offset(slot))
+            disk.write_at(
+                self._file, staged.pages[: self._grid.plane_bytes].data, self._offset(slot)
+            )
         else:
             disk.write_at(self._direct, staged.pages.data, self._offset(slot))
         index = self._index.copy()
@@ -264,7 +264,6 @@ class Shards:
 
     def put(self, path: Path, grid: Grid, slot: int, staged: Staged) -> None:
         """Write a plane into its slot. Raises OSError."""
-        self.changed(path)
         try:
             self._shard(path, grid).put(slot, staged)
         except OSError as error:
@@ -273,6 +272,7 @@ class Shards:
             self._direct = False  # direct writes work in one place and not in another
             self.close()
             self._shard(path, grid).put(slot, staged)
+        self.changed(path)
 
     def prepare(self, path: Path, grid: Grid) -> None:
         """Make a shard before its first plane comes. Raises OSError."""
