@@ -98,7 +98,9 @@ def acquire(path: str) -> list[dict[str, Any]]:
         intake.end()
     intake.close()
     assert trouble == []
-    arrivals = [item for item in iter(intake.take, None) if isinstance(item, Arrival)]
+    arrivals = [
+        item for item in iter(lambda: intake.take(lambda: None), None) if isinstance(item, Arrival)
+    ]
     assert len(arrivals) == intake.received == events
     return [
         {
