@@ -34,12 +34,7 @@ from store.records import Kind
 Progress = Callable[[int, int], None]
 """Called with (planes done, planes in all)."""
 
-_FILLABLE = (
-    RefocusOutcome.SKIPPED,
-    RefocusOutcome.LATE,
-    RefocusOutcome.LOST,
-    RefocusOutcome.FAILED,
-)
+_FILLABLE = (RefocusOutcome.SKIPPED, RefocusOutcome.LATE, RefocusOutcome.LOST)
 
 
 class FinishedImage(msgspec.Struct, frozen=True, kw_only=True):

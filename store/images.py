@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from refocus.frame import FrameHeader, Pixels
-from store import disk, ome
+from store import disk, levels, ome
 from store.layout import Pair, Place, array_dir, image_dir, journal_dir
 from store.planes import PlaneArray
 from store.shards import Shards
@@ -49,6 +49,8 @@ class _PairOnDisk:
     xml: tuple[str, str] = ("", "")
     stale: bool = True
     """The metadata on disk do not say yet what is known here."""
+    finished: bool = False
+    """The refocused image may list a pyramid, which would not show a new plane."""
 
     def images(self) -> tuple[ome.Image, ome.Image]:
         """Both images as they are now."""
@@ -96,7 +98,11 @@ class Images:
 
     def put_refocused(self, place: Place, pixels: Pixels) -> Put:
         """Begin to store the twin of a raw plane that is there."""
-        return self._put(self._pairs[place.pair].refocused, place, pixels)
+        on_disk = self._pairs[place.pair]
+        if on_disk.finished:
+            self._unlist_levels(image_dir(self._run, place.refocused_image))
+            on_disk.finished = False
+        return self._put(on_disk.refocused, place, pixels)
 
     def adopt(self, pair: Pair) -> None:
         """Take over the next pair of a sealed run, to write its twins. Raises RunError."""
@@ -104,7 +110,7 @@ class Images:
             PlaneArray.open(array_dir(self._run, 2 * pair.number + twin), self._shards)
             for twin in (0, 1)
         )
-        self._pairs.append(_PairOnDisk(pair, raw, refocused, stale=False))
+        self._pairs.append(_PairOnDisk(pair, raw, refocused, stale=False, finished=True))
 
     def shards(self, pair: Pair) -> tuple[int, int] | None:
         """Planes of a shard of this pair along t and z; None where a plane is a file."""
@@ -132,6 +138,11 @@ class Images:
         """End the lane and close all files."""
         self._lane.shutdown()
         self._shards.close()
+
+    def _unlist_levels(self, image: Path) -> None:
+        if levels.unlist(image):
+            self._on_change(image / "zarr.json")
+            self._on_change(image)
 
     def _put(self, array: PlaneArray, place: Place, pixels: Pixels) -> Put:
         staged = array.stage(pixels)

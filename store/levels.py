@@ -24,7 +24,7 @@ def are_built(source: Source) -> bool:
     """Whether all levels are there and listed."""
     count = len(shapes(source))
     whole = all(made_from(_level(source, k)) == source.digest for k in range(1, count + 1))
-    return whole and len(_datasets(_group(source))) == count + 1
+    return whole and len(_datasets(_group(source.folder))) == count + 1
 
 
 def build(source: Source, tell: Callable[[], None]) -> None:
@@ -34,11 +34,16 @@ def build(source: Source, tell: Callable[[], None]) -> None:
         k for k in range(1, len(wanted) + 1) if made_from(_level(source, k)) != source.digest
     ]
     if missing:
-        _list(source, 0)
+        unlist(source.folder)
         for k in missing:
             disk.remove_tree(_level(source, k))
         _make(source, {k: wanted[k - 1] for k in missing}, tell)
-    _list(source, len(wanted))
+    _list(source.folder, len(wanted))
+
+
+def unlist(folder: Path) -> bool:
+    """Let an image's group list level 0 alone, before its planes change; True where it did not."""
+    return _list(folder, 0)
 
 
 def _make(source: Source, levels: dict[int, tuple[int, int]], tell: Callable[[], None]) -> None:
@@ -78,22 +83,23 @@ def _partial(source: Source, level: int) -> Path:
     return source.folder / f".{level}.partial"
 
 
-def _group(source: Source) -> Any:
-    return json.loads((source.folder / "zarr.json").read_bytes())
+def _group(folder: Path) -> Any:
+    return json.loads((folder / "zarr.json").read_bytes())
 
 
 def _datasets(group: Any) -> Any:
     return group["attributes"]["ome"]["multiscales"][0]["datasets"]
 
 
-def _list(source: Source, levels: int) -> None:
-    """List level 0 and so many others in the image's group. Raises OSError."""
-    group = _group(source)
+def _list(folder: Path, levels: int) -> bool:
+    """List level 0 and so many others in the image's group; False where it was so. OSError."""
+    group = _group(folder)
     scale = _datasets(group)[0]["coordinateTransformations"][0]["scale"]
     datasets = pyramid.datasets(scale, levels + 1)
     if _datasets(group) == datasets:
-        return
+        return False
     group["attributes"]["ome"]["multiscales"][0]["datasets"] = datasets
-    disk.replace_file(source.folder / "zarr.json", json.dumps(group, indent=1).encode())
-    disk.sync(source.folder / "zarr.json")
-    disk.sync(source.folder)
+    disk.replace_file(folder / "zarr.json", json.dumps(group, indent=1).encode())
+    disk.sync(folder / "zarr.json")
+    disk.sync(folder)
+    return True

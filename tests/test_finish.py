@@ -22,6 +22,7 @@ from store.check import check
 from store.finish import finish
 from store.pyramid import halved
 from store.reader import open_run
+from store.recover import recover
 from store.writer import Provenance, RunWriter
 
 SHAPE = (300, 521)
@@ -178,6 +179,32 @@ def test_compressed_later_than_built(run: Path) -> None:
     assert [(image.built, image.packed) for image in done.images] == [(False, True)] * 2
     require_planes(run)
     require_both_pyramids(run)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_a_plane_refocused_later_gets_its_place_in_the_pyramid(run: Path, compress: bool) -> None:
+    finish(run, compress=compress)
+    writer = RunWriter.reopen(run)
+    number = writer.note_generator("0123456789abcdef", "fluorescence", "1.2", "openvino")
+    writer.write_refocused(5, twin(5), Provenance(generator=number, latency_ns=1))
+    writer.reseal()
+    group = json.loads((run / "1" / "zarr.json").read_bytes())["attributes"]["ome"]
+    assert len(group["multiscales"][0]["datasets"]) == 1, "the pyramid does not have the plane"
+    yaozarrs.validate_zarr_store(str(run))
+    np.testing.assert_array_equal(open_run(run).refocused(5), twin(5))
+
+    done = finish(run, compress=compress)
+    assert [image.built for image in done.images] == [False, True]
+    twins = {(seq // Z, 0, seq % Z): twin(seq) for seq in (*TWINS, 5)}
+    require_levels(run, 1, twins)
+    yaozarrs.validate_zarr_store(str(run))
+
+
+def test_recover_leaves_a_finished_run_alone(run: Path) -> None:
+    finish(run, compress=True)
+    before = contents(run)
+    assert recover(run).done == ()
+    assert contents(run) == before
 
 
 def test_small_planes_need_no_pyramid(tmp_path: Path) -> None:
