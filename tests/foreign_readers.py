@@ -1,11 +1,11 @@
-"""The libraries that read arrays of a run, each behind the same call."""
+"""The libraries that read arrays of a run, each behind the same call, and what they must show."""
 
 import contextlib
 import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tensorstore
 import zarr
+from foreign_run import Slot
 
 from refocus.frame import Pixels
 
@@ -21,6 +22,7 @@ At = tuple[Any, ...]
 """Indices, or slices, of t, c, z."""
 Reader = Callable[[Path, At], Pixels]
 """Opens the array in a folder anew, and reads."""
+Planes = Mapping[Slot, Pixels]
 ZARRITA = Path(__file__).with_name("zarrita")
 
 
@@ -96,3 +98,24 @@ def library(name: str) -> Iterator[Reader]:
         yield zarrita
     finally:
         zarrita.close()
+
+
+def block(array: Path, *planes: Planes) -> tuple[slice, ...]:
+    """So much of an array as holds these planes, and one slot more each way; slices of t, c, z.
+
+    The shape may run far ahead of the planes.
+    """
+    shape = zarr.open_array(array, mode="r").shape
+    used = np.max([slot for known in planes for slot in known], axis=0) + 2
+    return tuple(slice(0, int(min(stop))) for stop in zip(used, shape, strict=False))
+
+
+def assert_shows(found: Pixels, sure: Planes, maybe: Planes) -> None:
+    """*found* (t, c, z, y, x) has all *sure* planes, and 0 in other slots but for *maybe* some."""
+    assert found.ndim == 5
+    assert np.all(np.max(list(sure), axis=0) < found.shape[:3])
+    for slot in np.ndindex(*found.shape[:3]):
+        wanted = sure.get(slot, np.zeros(found.shape[3:], found.dtype))
+        if slot in maybe and found[slot].any():
+            wanted = maybe[slot]
+        np.testing.assert_array_equal(found[slot], wanted, strict=True, err_msg=f"slot {slot}")

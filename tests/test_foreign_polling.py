@@ -1,20 +1,28 @@
-"""Readers that poll while a run is written may refuse for a moment; they show no wrong pixel."""
+"""Readers that look while a run is written may refuse for a moment; they show no wrong pixel."""
 
 import contextlib
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from foreign_readers import LIBRARIES, Reader, library
-from foreign_run import Slot, Writer, further
+from faulty_os import Call, FaultyOs
+from foreign_readers import LIBRARIES, At, Reader, assert_shows, block, library
+from foreign_run import TWIN, Slot, Writer, further
 from store_runs import frame, pixels, start
 
 from refocus.frame import Pixels
+from store import disk
 from store.layout import array_dir
 from store.reader import Run, open_run
 from store.records import NO_IMAGE, Kind
+from store.writer import Provenance
+
+POLLERS = [name for name in LIBRARIES if name != "dask"]
+"""dask reads through zarr-python, with more around it."""
 
 
 def poll(path: Path, read: Reader, times: int) -> None:
@@ -58,14 +66,14 @@ def look(run: Run, kind: Kind, read: Reader) -> int:
     return refused
 
 
-def read_or_refuse(read: Reader, array: Path, slot: Slot) -> Pixels | None:
-    """A plane as another reader shows it; None where it says that it cannot."""
+def read_or_refuse(read: Reader, array: Path, at: At) -> Pixels | None:
+    """What another reader shows; None where it says that it cannot."""
     with contextlib.suppress(ValueError, IndexError):  # a torn index; outside the shape
-        return read(array, slot)
+        return read(array, at)
     return None
 
 
-@pytest.mark.parametrize("name", LIBRARIES)
+@pytest.mark.parametrize("name", POLLERS)
 def test_a_reader_that_polls_a_live_run_shows_no_wrong_pixel(tmp_path: Path, name: str) -> None:
     with library(name) as read:
         poll(tmp_path / "run", read, times=40)
@@ -73,7 +81,7 @@ def test_a_reader_that_polls_a_live_run_shows_no_wrong_pixel(tmp_path: Path, nam
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("name", LIBRARIES)
+@pytest.mark.parametrize("name", POLLERS)
 def test_a_reader_that_polls_live_runs_shows_no_wrong_pixel(tmp_path: Path, name: str) -> None:
     with library(name) as read:
         for number in range(20):
@@ -92,7 +100,7 @@ def torn(before: bytes, after: bytes) -> Iterator[bytes]:
         yield before[:cut] + after[cut:]
 
 
-@pytest.mark.parametrize("name", LIBRARIES)
+@pytest.mark.parametrize("name", POLLERS)
 def test_a_torn_index_is_refused_or_shows_no_wrong_pixel(tmp_path: Path, name: str) -> None:
     path = tmp_path / "run"
     run = start(path)
@@ -115,10 +123,72 @@ def test_a_torn_index_is_refused_or_shows_no_wrong_pixel(tmp_path: Path, name: s
                 if plane is not None and (seq < 3 or plane.any()):
                     np.testing.assert_array_equal(plane, pixels(seq))
             if content == after:
-                assert [plane is not None and plane.any() for plane in found] == [True] * 5 + [
-                    False
-                ]
+                assert all(plane is not None and plane.any() for plane in found[:5])
             ours = open_run(path)
             for seq in range(5):
                 np.testing.assert_array_equal(ours.raw(seq), pixels(seq))
     run.close(complete=True, expected_frames=5)
+
+
+class Onlooker:
+    """Reads the raw and the refocused array after every change of a file, and within each write.
+
+    A rule for FaultyOs. Changes are made one at a time, whichever thread of the writer makes them.
+    """
+
+    def __init__(self, run: Path, read: Reader) -> None:
+        self.sure: tuple[dict[Slot, Pixels], ...] = {}, {}
+        """Planes acknowledged: raw, refocused."""
+        self.maybe: tuple[dict[Slot, Pixels], ...] = {}, {}
+        """Planes given to the writer."""
+        self.looks = 0
+        self.wrong: list[str] = []
+        self._arrays = array_dir(run, 0), array_dir(run, 1)
+        self._read = read
+        self._lock = threading.Lock()
+
+    def __call__(self, call: Call) -> Any:
+        with self._lock:
+            if call.writes:
+                call.do_half()
+                self._look(refusable=True)
+            answer = call.do()
+            self._look(refusable=False)
+            return answer
+
+    def _look(self, *, refusable: bool) -> None:
+        for array, sure, maybe in zip(self._arrays, self.sure, self.maybe, strict=True):
+            if not sure or self.wrong:
+                continue
+            self.looks += 1
+            found = read_or_refuse(self._read, array, block(array, sure, maybe))
+            try:
+                assert refusable or found is not None, "refused between two changes"
+                if found is not None:
+                    assert_shows(found, sure, maybe)
+            except AssertionError as error:  # told at the end, not to the writer
+                self.wrong.append(str(error))
+
+
+@pytest.mark.parametrize("name", POLLERS)
+def test_a_reader_may_look_between_any_two_changes_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("store.shards.SHARD_BYTES", 4 * disk.PAGE)
+    with library(name) as read:
+        onlooker = Onlooker(tmp_path / "run", read)
+        monkeypatch.setattr(disk, "os", FaultyOs(onlooker))
+        run = start(tmp_path / "run")
+        made = Provenance(generator=run.note_generator("hash", "name", "1", "numpy"), latency_ns=1)
+        for seq, t in enumerate((0, 2, 1, 5, 3, 12, 4)):
+            planes = pixels(seq), pixels(TWIN + seq)
+            for maybe, plane in zip(onlooker.maybe, planes, strict=True):
+                maybe[t, 0, 0] = plane
+            run.write_raw(frame(seq, {"time": t}), {})
+            onlooker.sure[0][t, 0, 0] = planes[0]
+            if seq != 4:
+                run.write_refocused(seq, planes[1], made)
+                onlooker.sure[1][t, 0, 0] = planes[1]
+        run.close(complete=True, expected_frames=7)
+    assert not onlooker.wrong
+    assert onlooker.looks > 100

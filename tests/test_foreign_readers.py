@@ -1,8 +1,8 @@
 """Readers that nobody here wrote open a run that is live, was killed, or is sealed.
 
 Every reader must read every acknowledged plane as it was, and nothing but Zarr's fill value, 0,
-where no plane was written. They cannot tell such a slot from a black plane; the journal can, and
-store.reader asks it.
+where no plane was written. Pixels alone cannot tell such a slot from a black plane; the journal
+can, and store.reader asks it.
 """
 
 import json
@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorstore
 import yaozarrs
-import zarr
-from foreign_readers import LIBRARIES, library
+from foreign_readers import LIBRARIES, Planes, assert_shows, block, library
 from foreign_run import BLACK, LAG, PLANNED, TWIN, Slot, Taken, Writer, further
 
 from refocus.frame import Pixels
@@ -66,14 +66,10 @@ class Written:
         self.add_raw(further(last + 1), sure=False)
         self.add_twin(further(last + 1 - LAG), sure=False)
 
-    def block(self, image: int) -> tuple[slice, ...]:
-        """So much of an image as holds its planes, and one more slot each way; slices of t, c, z.
-
-        The shape may run far ahead of the planes.
-        """
-        shape = zarr.open_array(array_dir(self.path, image), mode="r").shape
-        used = np.max([*self.sure[image], *self.maybe[image]], axis=0) + 2
-        return tuple(slice(0, int(min(stop))) for stop in zip(used, shape, strict=False))
+    def arrays(self) -> Iterator[tuple[Path, Planes, Planes]]:
+        """Each array's folder, and the planes that must, and may, be in it."""
+        for image, planes in enumerate(zip(self.sure, self.maybe, strict=True)):
+            yield array_dir(self.path, image), *planes
 
 
 @pytest.fixture(scope="module", params=["live", "killed", "sealed"])
@@ -101,28 +97,13 @@ def written(
         writer.kill()
 
 
-def assert_as_written(run: Written, image: int, found: Pixels) -> None:
-    """*found* (t, c, z, y, x) has the image's planes, and 0 in every other slot."""
-    sure, maybe = run.sure[image], run.maybe[image]
-    assert sure
-    assert found.ndim == 5
-    assert np.all(np.max(list(sure), axis=0) < found.shape[:3])
-    for slot in np.ndindex(*found.shape[:3]):
-        absent = np.zeros(found.shape[3:], found.dtype)
-        wanted = sure.get(slot, absent)
-        if slot in maybe and found[slot].any():
-            wanted = maybe[slot]
-        np.testing.assert_array_equal(found[slot], wanted, strict=True, err_msg=f"slot {slot}")
-
-
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_every_acknowledged_plane_is_right_and_every_other_slot_is_0(
     written: Written, name: str
 ) -> None:
     with library(name) as read:
-        for image in range(len(written.sure)):
-            found = read(array_dir(written.path, image), written.block(image))
-            assert_as_written(written, image, found)
+        for array, sure, maybe in written.arrays():
+            assert_shows(read(array, block(array, sure, maybe)), sure, maybe)
 
 
 def test_the_run_is_valid_ome_zarr(written: Written) -> None:
@@ -142,14 +123,23 @@ np.savez(out, *planes)
 
 def test_napari_opens_the_root_and_shows_every_plane(written: Written, tmp_path: Path) -> None:
     out = tmp_path / "layers.npz"
-    images = range(len(written.sure))
-    blocks = json.dumps([[one.stop for one in written.block(image)] for image in images])
+    blocks = [[one.stop for one in block(*array)] for array in written.arrays()]
     # In a process of its own: importing napari warns, and starts threads.
-    command = [sys.executable, "-c", NAPARI, str(written.path), str(out), blocks]
+    command = [sys.executable, "-c", NAPARI, str(written.path), str(out), json.dumps(blocks)]
     subprocess.run(command, check=True, capture_output=True)
     with np.load(out) as layers:
-        for image in images:
-            assert_as_written(written, image, layers[f"arr_{image}"])
+        for layer, (_, sure, maybe) in zip(layers.values(), written.arrays(), strict=True):
+            assert_shows(layer, sure, maybe)
+
+
+def test_a_black_plane_is_stored_and_no_plane_is_not(written: Written) -> None:
+    """Of the foreign readers tensorstore can be asked which of the two it is."""
+    for array, sure, maybe in written.arrays():
+        kvstore = {"driver": "file", "path": str(array)}
+        opened = tensorstore.open({"driver": "zarr3", "kvstore": kvstore}).result()
+        for slot in np.ndindex(*(one.stop for one in block(array, sure, maybe))):
+            answer = opened[slot].storage_statistics(query_fully_stored=True).result()
+            assert slot in maybe or answer.fully_stored == (slot in sure)
 
 
 def test_our_own_reader_tells_absent_from_black(written: Written) -> None:
