@@ -84,6 +84,7 @@ class Recorder:
         self._trouble = Trouble()
         self._complain = self._trouble.tell
         self._guard = DiskGuard(self.out, self.settings.store.reserve_mib * 2**20)
+        self._size_known = False
         self._full = ""
         self._expected_shape = expected_shape
         self._forecast: Forecast | None = forecast(events) if events is not None else None
@@ -320,9 +321,10 @@ class Recorder:
         self._guard.require(wanted, what)
 
     def _raw_saved(self, plane_bytes: int) -> None:
-        """Writer's thread. At the first frame it is known how large the others will be."""
-        if self._writing.frames > 1:
+        """Writer's thread. With the first one it is known how large the others will be."""
+        if self._size_known:
             return
+        self._size_known = True
         try:
             self._require_room(plane_bytes)
         except DiskError as error:

@@ -72,7 +72,7 @@ def strike(fault: str, recorder: Recorder) -> None:
 def one_round(folder: Path, fault: str, rate: float, generator: Path) -> Round:
     """A run at *rate* frames/s with the fault a second after its start."""
     settings = Settings(
-        acquire=AcquireSettings(raw_queue_mib=4096),
+        acquire=AcquireSettings(raw_queue_mib=4096, fill_at_end_s=0),
         engine=EngineSettings(
             runtime="none" if fault == "absent" else "openvino",
             generator=str(generator),

@@ -94,7 +94,9 @@ def feed(recorder: Recorder, camera: Camera, frames: int, rate: float = 0.0) -> 
 
 @contextmanager
 def recording(folder: Path, settings: Settings) -> Iterator[Recorder]:
-    """A recorder on a fresh run that is checked and removed afterwards."""
+    """A recorder on a fresh run that is checked and removed afterwards; it fills nothing."""
+    acquire = msgspec.structs.replace(settings.acquire, fill_at_end_s=0)
+    settings = msgspec.structs.replace(settings, acquire=acquire)
     with tempfile.TemporaryDirectory(dir=folder, prefix="refocus-bench-") as scratch:
         run = Path(scratch) / "run"
         with Recorder(settings, out=run, read_hardware=lambda event: UNKNOWN) as recorder:
@@ -122,7 +124,7 @@ def hook_cost(folder: Path) -> list[Figure]:
 
 
 def raw_rate(folder: Path, rounds: int) -> list[Figure]:
-    """Raw planes to disk, until they survive a power cut, against plain pwrite of the same bytes."""
+    """Raw planes to disk, until they survive a power cut, against pwrite of the same bytes."""
     planes = [Camera(RAW_SHAPE).expose()[0] for _ in range(4)]
     pairs = [(_written(folder, planes), _pwritten(folder, planes)) for _ in range(rounds)]
     return [_ratio("raw written, 2048² uint16", "MB/s", pairs)]

@@ -59,8 +59,8 @@ class DiskGuard:
     def _free_bytes(self) -> int | None:
         """None where the file system does not say: then the writes themselves will."""
         folder = self._folder.absolute()
-        existing = next(path for path in (folder, *folder.parents) if path.exists())
         try:
+            existing = next(path for path in (folder, *folder.parents) if path.exists())
             return shutil.disk_usage(existing).free
         except OSError:
             return None

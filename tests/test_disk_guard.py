@@ -124,11 +124,12 @@ def test_what_nobody_knew_before_is_checked_with_the_first_frame(disk: Path) -> 
         pytest.raises(DiskError, match=rf"a run of {frames} frames needs"),
         recorder(disk / "run", guarded(settings("x", "none")), events=events_of(frames)) as r,
     ):
-        shoot(r, plane(SHAPE))
+        for _ in range(3):
+            shoot(r, plane(SHAPE))
         assert r.stopping.wait(LIMIT_S)
     run = open_run(disk / "run")
     assert run.state is State.INCOMPLETE
-    assert run.counts.saved == 1
+    assert run.counts.saved == 3
 
 
 def test_without_a_reserve_nothing_stops_the_run(disk: Path) -> None:

@@ -175,6 +175,8 @@ def _print(summary: "Summary", reasons: "Counter[str]", picture: Path | None) ->
     print(f"refocused    {summary.refocused}")
     for reason, count in reasons.most_common():
         print(f"  {count:>4} not    {reason}")
+    if summary.skipped:
+        print(f"             refocus fill {summary.run}  # does the rest")
     if summary.latency_ms is not None:
         p50, p95 = summary.latency_ms.p50, summary.latency_ms.p95
         print(

@@ -1,7 +1,7 @@
 """`refocus fill`: refocus what has no refocused twin yet in a run on disk.
 
 Exit codes: 0 every raw plane has its twin or was rejected for good, 1 some failed or are left,
-3 stopped by the disk guard, 4 the run is being written.
+2 no run at this path or no such generator, 3 stopped by the disk guard, 4 the run is being written.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from refocus.cli import options
-from refocus.errors import DiskError
+from refocus.errors import DiskError, SettingsError
 
 if TYPE_CHECKING:
     from acquire.fill import Filled
@@ -44,7 +44,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Fill the run; Ctrl-C ends it in order."""
     from acquire.fill import fill
     from acquire.sources.acquisition import signals_set
+    from store.layout import is_run
 
+    if not is_run(arguments.path):
+        raise SettingsError(f"{arguments.path}: not a run; give the folder of one")
     stop = threading.Event()
     settings = options.settings(arguments)
     with _Bar(hidden=arguments.json) as bar, signals_set(stop):
