@@ -10,7 +10,7 @@ they may have spoken of it.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from store.metadata import PairImages
 from store.planes import PlaneArray
 from store.reader import Run, place_of
 from store.rebuild import Rebuilt
+from store.records import Record
 from store.shards import read_index, slots_of
 from store.verify import acknowledged
 
@@ -60,14 +61,8 @@ class Faults(NamedTuple):
 
 def find_faults(run: Run, pairs: Sequence[Rebuilt]) -> Faults:
     """Everything of a run that no writer has that is not as its journal says. Raises OSError."""
-    slots: defaultdict[Path, set[int]] = defaultdict(set)
-    for record in acknowledged(run):
-        array = pairs[record.image // 2].arrays[record.image % 2]
-        if array.grid is not None:
-            slots[array.shard_file(record.t, record.c, record.z)].add(
-                array.grid.slot(record.t, record.z)
-            )
-    used = _ever_used(run, pairs)
+    slots = slots_by_shard(acknowledged(run), pairs)
+    used = set(slots_by_shard((r for r in run.all_records.records if r.has_plane), pairs))
     shown = [_shown(run, rebuilt) for rebuilt in pairs]
     # A hidden folder is what `refocus finish` goes on with.
     leftovers = [path for path in run.path.rglob(".*.partial") if path.is_file()]
@@ -80,15 +75,19 @@ def find_faults(run: Run, pairs: Sequence[Rebuilt]) -> Faults:
     )
 
 
-def _ever_used(run: Run, pairs: Sequence[Rebuilt]) -> set[Path]:
-    """Shards of which any record ever spoke."""
-    used: set[Path] = set()
-    for record in run.all_records.records:
-        if record.has_plane and record.image // 2 < len(pairs):
-            array = pairs[record.image // 2].arrays[record.image % 2]
-            if array.grid is not None:
-                used.add(array.shard_file(record.t, record.c, record.z))
-    return used
+def slots_by_shard(records: Iterable[Record], pairs: Sequence[Rebuilt]) -> dict[Path, set[int]]:
+    """The slots of which *records* speak, by the file of their shard; planes in shards only."""
+    slots: defaultdict[tuple[int, int, int, int], set[int]] = defaultdict(set)
+    for record in records:
+        if record.image < 2 * len(pairs):
+            grid = pairs[record.image // 2].arrays[record.image % 2].grid
+            if grid is not None:
+                shard = record.image, *grid.shard(record.t, record.c, record.z)
+                slots[shard].add(grid.slot(record.t, record.z))
+    return {
+        pairs[image // 2].arrays[image % 2].shard_path(t, c, z): members
+        for (image, t, c, z), members in slots.items()
+    }
 
 
 def _index_faults(

@@ -179,8 +179,11 @@ class PlaneArray:
     def shard_file(self, t: int, c: int, z: int) -> Path:
         """File of the shard that holds a plane."""
         assert self.grid is not None, f"{self._folder} has no shards"
-        a, b, d = self.grid.shard(t, c, z)
-        return self._folder / f"c.{a}.{b}.{d}.0.0"
+        return self.shard_path(*self.grid.shard(t, c, z))
+
+    def shard_path(self, t: int, c: int, z: int) -> Path:
+        """File of a shard, by its own number along t, c and z."""
+        return self._folder / f"c.{t}.{c}.{z}.0.0"
 
     def shard_files(self) -> Iterator[Path]:
         """All shards on disk, in no order."""

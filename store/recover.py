@@ -30,7 +30,7 @@ from refocus.frame import RefocusOutcome
 from refocus.status import Counts
 from store import disk
 from store.durable import Durability
-from store.faults import Faults, find_faults
+from store.faults import Faults, find_faults, slots_by_shard
 from store.journal import LOCK, Journal, PairLine
 from store.layout import array_dir, is_run, journal_dir
 from store.lock import WriterLock
@@ -98,12 +98,15 @@ def recover(
             work = _Work(path, Journal.reopen(journal_dir(path), lock, run.all_records.count))
             held.callback(work.close)
             work.tell(tails)
-            work.book(run, verify, progress)
-            work.mend_files(open_run(path))
-            work.seal(open_run(path))
+            pairs = rebuild(run)
+            if work.book(run, pairs, verify, progress):
+                run = open_run(path)
+                pairs = rebuild(run)
+            work.mend_files(run, pairs)
+            if work.seal(run, pairs):
+                run = open_run(path)
     except OSError as error:
         raise RunError(f"{path}: not recovered ({error}); see to it and run it again") from error
-    run = open_run(path)
     lost = (
         sum(tail.damaged_records for tail in tails)
         + len(run.damaged_records)
@@ -131,9 +134,8 @@ class _Work:
             self._touched(tail.path)
             self.done.append(f"{tail.said}: mended")
 
-    def book(self, run: Run, verify: bool, progress: Progress) -> None:
-        """Bring the journal to what is really there."""
-        pairs = rebuild(run)
+    def book(self, run: Run, pairs: list[Rebuilt], verify: bool, progress: Progress) -> bool:
+        """Bring the journal to what is really there; whether anything was to be booked."""
         self._describe_arrays(pairs)
         outcomes = Outcomes.of(run, self._journal)
         lost = list(lost_planes(run, trust_durable=not verify, progress=progress))
@@ -152,15 +154,16 @@ class _Work:
             else:
                 outcomes.answer(seq, RefocusOutcome.LOST, NO_ANSWER)
         self._say(len(unanswered), "frames had no refocus outcome: booked LOST, without raw FAILED")
-        for rebuilt in pairs:
-            if rebuilt.known and not rebuilt.told:
-                self._journal.line(PairLine.of(rebuilt.pair, rebuilt.shards))
-                self.done.append(f"pair {rebuilt.pair.number}: its line was missing: written")
         self._journal.settle()
+        untold = [rebuilt for rebuilt in pairs if rebuilt.known and not rebuilt.told]
+        for rebuilt in untold:
+            self._journal.line(PairLine.of(rebuilt.pair, rebuilt.shards))
+            self.done.append(f"pair {rebuilt.pair.number}: its line was missing: written")
+        return bool(lost or unsaved or unanswered or untold)
 
-    def mend_files(self, run: Run) -> None:
+    def mend_files(self, run: Run, pairs: list[Rebuilt]) -> None:
         """Make indices and metadata say what the journal says; remove what nothing needs."""
-        faults = find_faults(run, rebuild(run))
+        faults = find_faults(run, pairs)
         for index in faults.indices:
             assert index.array.grid is not None
             repair_index(index.path, index.array.grid, index.slots)
@@ -174,16 +177,18 @@ class _Work:
             self._changed.add(path.parent)
         self.done += _words(self._path, faults)
 
-    def seal(self, run: Run) -> None:
-        """Make all durable, mark it so, and write the seal where the last one is not right."""
+    def seal(self, run: Run, pairs: list[Rebuilt]) -> bool:
+        """Make all durable, mark it so, and write the seal where the last one is not right.
+
+        Whether any of that was needed.
+        """
         seal, counts = run.notes.seal, run.counts
         is_right = seal is not None and (seal.saved, seal.failed) == (counts.saved, counts.failed)
         if is_right and not self.done:
-            return
-        for record in acknowledged(run):
-            array = run.array(record.image)
-            if array.grid is not None and not run.is_durable(record):
-                self._touched(array.shard_file(record.t, record.c, record.z))
+            return False
+        volatile = [record for record in acknowledged(run) if not run.is_durable(record)]
+        for path in slots_by_shard(volatile, pairs):
+            self._touched(path)
         durability = Durability(self._journal.files, lambda: self._journal.count)
         for path in self._changed:
             durability.changed(path)
@@ -199,6 +204,7 @@ class _Work:
             what = "it was not sealed: sealed" if seal is None else "its seal was old: sealed again"
             self.done.append(what)
         durability.sync()
+        return True
 
     def _describe_arrays(self, pairs: list[Rebuilt]) -> None:
         """Write the zarr.json of arrays that cannot be read, or are too short for their planes."""

@@ -99,8 +99,8 @@ def _outcomes_tail(folder: Path) -> Tail | None:
         return Tail(path, 0, said, file_header())
     found = sound_records(content)
     header_lost = version_of(content[:RECORD_BYTES]) is None and bool(found.records)
-    if not header_lost:
-        read_records(path)  # raises where it is no journal, or one of a newer Refocus
+    if not header_lost and not content.startswith(file_header()):
+        read_records(path)  # says why: it is no journal, or one of a newer Refocus
     last_sound = max((number for number, _ in found.numbered()), default=-1)
     damaged = found.count - 1 - last_sound
     parts = [

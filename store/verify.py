@@ -4,10 +4,10 @@ Shard after shard, slot after slot, into one piece of memory: the disk reads in 
 plane is asked for while the checksum of this one is computed.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from io import FileIO
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -80,11 +80,11 @@ def _fault(run: Run, record: Record, reader: "_SlotReader", *, trusted: bool) ->
             return "" if trusted else _fault_by_zarr(array, record)
         if not array.holds(record.t, record.c, record.z):
             return f"lies outside the shape {array.shape}, where no other program sees it"
-        path = array.shard_file(record.t, record.c, record.z)
+        reader.open(array, record)
         slot = array.grid.slot(record.t, record.z)
         if trusted:
-            return "" if reader.reaches(path, array.grid, slot) else GONE
-        found = reader.crc32c(path, array.grid, slot)
+            return "" if reader.reaches(array.grid, slot) else GONE
+        found = reader.crc32c(array.grid, slot)
     except (RunError, OSError) as error:
         return f"cannot be read ({error})"
     if found is None:
@@ -103,14 +103,31 @@ class _SlotReader:
     """Reads slots of one shard after the other."""
 
     def __init__(self) -> None:
-        self._path: Path | None = None
+        self._shard: tuple[int, ...] = ()
         self._file: FileIO | None = None
         self._nbytes = 0
         self._memory: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
 
-    def crc32c(self, path: Path, grid: Grid, slot: int) -> int | None:
+    def open(self, array: PlaneArray, record: Record) -> None:
+        """Go to the shard in which a plane should be. Raises OSError."""
+        assert array.grid is not None
+        shard = record.image, *array.grid.shard(record.t, record.c, record.z)
+        if shard == self._shard:
+            return
+        self.close()
+        with contextlib.suppress(FileNotFoundError):
+            path = array.shard_file(record.t, record.c, record.z)
+            self._file = path.open("rb", buffering=0)
+            self._nbytes = os.fstat(self._file.fileno()).st_size
+        self._shard = shard
+
+    def reaches(self, grid: Grid, slot: int) -> bool:
+        """Whether the shard's file holds the whole slot."""
+        return slot * grid.stride + grid.plane_bytes <= self._nbytes
+
+    def crc32c(self, grid: Grid, slot: int) -> int | None:
         """Checksum of the plane in a slot; None where the file ends before. Raises OSError."""
-        if not self.reaches(path, grid, slot):
+        if not self.reaches(grid, slot):
             return None
         assert self._file is not None
         if self._memory.size != grid.plane_bytes:
@@ -127,21 +144,8 @@ class _SlotReader:
             done += count
         return crc32c(self._memory)
 
-    def reaches(self, path: Path, grid: Grid, slot: int) -> bool:
-        """Whether the shard's file holds the whole slot. Raises OSError."""
-        if path != self._path:
-            self.close()
-            try:
-                self._file = path.open("rb", buffering=0)
-            except FileNotFoundError:
-                self._nbytes = 0
-            else:
-                self._nbytes = os.fstat(self._file.fileno()).st_size
-            self._path = path
-        return slot * grid.stride + grid.plane_bytes <= self._nbytes
-
     def close(self) -> None:
         """Close the file that is open."""
         if self._file is not None:
             self._file.close()
-        self._path = self._file = None
+        self._shard, self._file, self._nbytes = (), None, 0
