@@ -12,11 +12,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from refocus.errors import RunError
-from refocus.frame import FrameHeader, Pixels, RawOutcome, RefocusOutcome
+from refocus.frame import Pixels, RawOutcome, RefocusOutcome
 from store import ome
 from store.journal import GeneratorLine, PairLine
 from store.layout import Form, Pair
-from store.reader import Run
+from store.reader import FrameEntry, Run, place_of
 from store.records import Kind
 
 What = Literal["raw", "refocused"]
@@ -36,6 +36,7 @@ class PlaneFacts(NamedTuple):
     x_um: float | None = None
     y_um: float | None = None
     z_um: float | None = None
+    bit_depth: int | None = None
 
 
 @dataclass
@@ -54,7 +55,7 @@ class ExportImage:
     begun_ns: int
     """Wall time of the first frame, since 1970; 0 where unknown."""
     frames: dict[Slot, PlaneFacts]
-    """Every frame of the pair whose raw plane was saved."""
+    """Every frame of the pair of which a plane was saved, raw or refocused."""
     present: set[Slot]
     """Slots with a plane of this image, by the journal."""
     damaged: dict[Slot, str] = field(default_factory=dict)
@@ -118,85 +119,103 @@ class ExportImage:
 
 
 def images(run: Run, what: tuple[What, ...]) -> list[ExportImage]:
-    """The images of *run* that have a plane, pair by pair, in the order of *what*."""
-    channels, frames = _frames(run)
-    twins = {r.seq for r in run.records(Kind.REFOCUS) if r.outcome == RefocusOutcome.REFOCUSED}
+    """The images of *run* that have a plane, pair by pair, raw before refocused.
+
+    Raises RunError where the journal does not say what the planes of a pair are like.
+    """
+    pairs: dict[int, _Planes] = {}
+    for frame in run.frames():
+        raw = frame.raw if frame.raw and frame.raw.outcome == RawOutcome.SAVED else None
+        twin = frame.refocus
+        if twin is not None and twin.outcome != RefocusOutcome.REFOCUSED:
+            twin = None
+        record = raw or twin
+        place = place_of(record) if record else None
+        if place is None:
+            continue
+        planes = pairs.setdefault(place.pair, _Planes())
+        slot = place.t, place.c, place.z
+        planes.frames[slot] = _facts(frame)
+        if raw:
+            planes.raw.add(slot)
+        if twin:
+            planes.refocused.add(slot)
     return [
-        _image(run, kind, pair, channels[number], slots, present)
-        for number, pair in sorted(run.notes.pairs.items())
-        if (slots := frames.get(number))
-        for kind in what
-        if (present := _present(kind, slots, twins))
+        image
+        for number, planes in sorted(pairs.items())
+        for image in _images(run, number, planes)
+        if image.what in what and image.present
     ]
 
 
-def _present(what: What, frames: dict[Slot, PlaneFacts], twins: set[int]) -> set[Slot]:
-    return {slot for slot, facts in frames.items() if what == "raw" or facts.seq in twins}
+@dataclass
+class _Planes:
+    """What is there of a pair."""
+
+    frames: dict[Slot, PlaneFacts] = field(default_factory=dict)
+    raw: set[Slot] = field(default_factory=set)
+    refocused: set[Slot] = field(default_factory=set)
 
 
-def _frames(
-    run: Run,
-) -> tuple[dict[int, dict[int, FrameHeader | None]], dict[int, dict[Slot, PlaneFacts]]]:
-    """By pair: a header of each channel, and the facts of each saved frame."""
-    channels: dict[int, dict[int, FrameHeader | None]] = {}
-    frames: dict[int, dict[Slot, PlaneFacts]] = {}
-    for frame in run.frames():
-        place, record = frame.place, frame.raw
-        if place is None or record is None or record.outcome != RawOutcome.SAVED:
-            continue
-        header = frame.header
-        facts = PlaneFacts(frame.seq)
-        if header is not None:
-            facts = PlaneFacts(
-                frame.seq, header.wall_time_ns, header.exposure_ms,
-                header.x_um, header.y_um, header.z_um,
-            )  # fmt: skip
-        frames.setdefault(place.pair, {})[place.t, place.c, place.z] = facts
-        channels.setdefault(place.pair, {}).setdefault(place.c, header)
-    return channels, frames
-
-
-def _image(
-    run: Run,
-    what: What,
-    pair: PairLine,
-    headers: dict[int, FrameHeader | None],
-    frames: dict[Slot, PlaneFacts],
-    present: set[Slot],
-) -> ExportImage:
-    t, c, z = (max(slot[axis] for slot in frames) + 1 for axis in range(3))
-    return ExportImage(
-        run=run,
-        what=what,
-        pair=pair,
-        shape=(t, max(c, len(pair.channels)), z, *pair.shape),
-        channels=tuple(_channels(run, pair, headers, frames)),
-        z_step_um=_z_step_um(pair, frames),
-        time_step_s=_time_step_s(frames),
-        begun_ns=min((facts.wall_ns for facts in frames.values() if facts.wall_ns), default=0),
-        frames=frames,
-        present=present,
+def _facts(frame: FrameEntry) -> PlaneFacts:
+    header = frame.header
+    if header is None:
+        return PlaneFacts(frame.seq)
+    return PlaneFacts(
+        seq=frame.seq,
+        wall_ns=header.wall_time_ns,
+        exposure_ms=header.exposure_ms,
+        x_um=header.x_um,
+        y_um=header.y_um,
+        z_um=header.z_um,
+        bit_depth=header.bit_depth,
     )
 
 
-def _channels(
-    run: Run,
-    pair: PairLine,
-    headers: dict[int, FrameHeader | None],
-    frames: dict[Slot, PlaneFacts],
-) -> Iterator[ome.Channel]:
+def _images(run: Run, number: int, planes: _Planes) -> Iterator[ExportImage]:
+    """Raw and refocused image of a pair."""
+    frames = planes.frames
+    t, c, z = (max(slot[axis] for slot in frames) + 1 for axis in range(3))
+    pair = run.notes.pairs.get(number)
+    if pair is None or len(pair.channels) < c:
+        raise RunError(
+            f"{run.path}: the journal lacks the line of image pair {number}; "
+            "run `refocus recover`, then export again"
+        )
+    channels = tuple(_channels(run, pair, planes))
+    whats: tuple[tuple[What, set[Slot]], ...] = (
+        ("raw", planes.raw),
+        ("refocused", planes.refocused),
+    )
+    for what, present in whats:
+        yield ExportImage(
+            run=run,
+            what=what,
+            pair=pair,
+            shape=(t, len(channels), z, *pair.shape),
+            channels=channels,
+            z_step_um=_z_step_um(pair, frames),
+            time_step_s=_time_step_s(frames),
+            begun_ns=min((one.wall_ns for one in frames.values() if one.wall_ns), default=0),
+            frames=frames,
+            present=present,
+        )
+
+
+def _channels(run: Run, pair: PairLine, planes: _Planes) -> Iterator[ome.Channel]:
     """As the run's own metadata have them: colour by name, window of the first readable plane."""
     for index, name in enumerate(pair.channels):
-        plane: Pixels | None = None
-        for slot in sorted(slot for slot in frames if slot[1] == index):
+        sample: Pixels = np.zeros((1, 1), pair.dtype)
+        bit_depth = None
+        for slot in sorted(slot for slot in planes.raw if slot[1] == index):
             try:
-                plane = run.raw(frames[slot].seq)
-                break
+                plane = run.raw(planes.frames[slot].seq)
             except (RunError, OSError):  # it is said when its turn to be exported comes
                 continue
-        header = headers.get(index)
-        sample = np.zeros((1, 1), pair.dtype) if plane is None else plane
-        yield ome.channel(name, sample, header.bit_depth if header else None)
+            if plane is not None:
+                sample, bit_depth = plane, planes.frames[slot].bit_depth
+                break
+        yield ome.channel(name, sample, bit_depth)
 
 
 def _z_step_um(pair: PairLine, frames: dict[Slot, PlaneFacts]) -> float | None:

@@ -20,6 +20,7 @@ from store import export_tiff
 from store.export import export
 from store.layout import RunInfo
 from store.pyramid import halved
+from store.recover import recover
 from store.writer import Provenance, RunWriter
 
 BEGIN_NS = 1_795_000_000_123_456_000
@@ -336,6 +337,25 @@ def test_a_damaged_plane_is_left_out_and_said(
         copy = group(out / "0")
         np.testing.assert_array_equal(copy["0"][:], expected)
         assert copy.attrs.asdict()["refocus"]["damaged_planes"] == [[1, 0, 2]]
+
+
+def test_a_twin_without_its_raw_plane_is_copied(run: Path, tmp_path: Path) -> None:
+    damage(run, 3)
+    recover(run)
+    raw, refocused = export(run, tmp_path / "out", "ome-tiff").images
+    assert raw.absent == ((0, 0, 3),)
+    assert (0, 0, 3) not in refocused.absent
+    np.testing.assert_array_equal(tifffile.imread(refocused.path)[0, 0, 3], pixels(1003))
+
+
+def test_a_journal_without_the_line_of_a_pair_is_recovered_first(run: Path, tmp_path: Path) -> None:
+    lines = run / "journal" / "run.jsonl"
+    kept = [line for line in lines.read_bytes().splitlines(True) if b'"kind":"pair"' not in line]
+    lines.write_bytes(b"".join(kept))
+    with pytest.raises(RunError, match="refocus recover"):
+        export(run, tmp_path / "out", "ome-tiff")
+    recover(run)
+    assert export(run, tmp_path / "out", "ome-tiff").images[0].planes == PLANES
 
 
 def test_the_command_says_what_it_made(
