@@ -71,7 +71,7 @@ def find_faults(run: Run, pairs: Sequence[Rebuilt]) -> Faults:
     return Faults(
         indices=[*_index_faults(pairs, slots, used)],
         metadata=[*metadata.differing(run.path, shown)],
-        leftovers=sorted(leftovers),
+        leftovers=sorted(leftovers, reverse=True),  # what is in a folder before the folder
     )
 
 

@@ -193,8 +193,9 @@ class _Work:
         for path in self._changed:
             durability.changed(path)
         durability.sync()
-        mark = Record(durability.durable, time.time_ns(), kind=Kind.DURABLE)
-        self._journal.acknowledge(mark)
+        if volatile:
+            mark = Record(durability.durable, time.time_ns(), kind=Kind.DURABLE)
+            self._journal.acknowledge(mark)
         if not is_right:
             Outcomes.of(run, self._journal).seal(
                 complete=seal is not None and seal.complete,
@@ -265,5 +266,5 @@ def _words(run: Path, faults: Faults) -> Iterator[str]:
 def _remove(path: Path) -> None:
     if path.is_dir():
         disk.remove_tree(path)
-    else:
+    elif path.exists():  # writing the file that it was to become has used it up
         disk.remove(path)

@@ -67,7 +67,7 @@ class Underway:
             self.settle_oldest()
 
     def settle_oldest(self) -> None:
-        """Wait for the plane that was put first, and mark what has become durable meanwhile."""
+        """Wait for the plane that was put first."""
         pending = self._pending.popleft()
         record = pending.record
         try:
@@ -76,6 +76,10 @@ class Underway:
         except Exception as error:  # noqa: BLE001  # whatever it was, no frame may vanish unbooked
             self._fail(pending, error)
         pending.settled = True
+        self.mark()
+
+    def mark(self) -> None:
+        """Write down what has become durable meanwhile."""
         if self._durability.durable > self._marked:
             self._marked = self._durability.durable
             self._journal.book(Record(self._marked, time.time_ns(), kind=Kind.DURABLE))

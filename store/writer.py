@@ -245,7 +245,9 @@ class RunWriter:
                 self._images.trim()
             self._images.close()
             self._durability.sync()
+            self._underway.mark()
             self._outcomes.seal(complete=complete, expected_frames=expected_frames, note=note)
+            self._durability.sync()
         except OSError as error:
             raise RunError(
                 f"{self.path}: not sealed ({describe(error)}); it is incomplete"
