@@ -137,25 +137,43 @@ def fails_where(wanted: Callable[[Call], bool], error: int = errno.EIO) -> Rule:
     return rule
 
 
-def in_a_child(work: Callable[[Callable[[str], None]], None], rule: Rule) -> tuple[int, list[str]]:
-    """Run *work(say)* in a process of its own, whose disk follows *rule*.
-
-    Returns how it ended (a negative signal number, or an exit code) and the whole lines it said.
-    """
-    reading, writing = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside zarr's idle thread
-        child = os.fork()
-    if not child:
-        _work_and_exit(work, rule, writing)
-    os.close(writing)
-    with open(reading, encoding="utf-8") as pipe:  # noqa: PTH123  # a descriptor
-        said = pipe.read()
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status), said.split("\n")[:-1]
+Say = Callable[[str], None]
+"""Takes a line, without its end."""
 
 
-def _work_and_exit(work: Callable[[Callable[[str], None]], None], rule: Rule, writing: int) -> None:
+class Child:
+    """A process of its own that does *work(say)* on a disk that follows *rule*."""
+
+    def __init__(self, work: Callable[[Say], None], rule: Rule = Call.do) -> None:
+        reading, writing = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # fork beside zarr's idle thread
+            self._pid = os.fork()
+        if not self._pid:
+            _work_and_exit(work, rule, writing)
+        os.close(writing)
+        self._pipe = open(reading, encoding="utf-8")  # noqa: PTH123, SIM115  # a descriptor, closed by `end`
+        self.lines = (line.removesuffix("\n") for line in self._pipe if line.endswith("\n"))
+        """What it says; each line once, whole ones only."""
+
+    def kill(self) -> None:
+        """kill -9."""
+        os.kill(self._pid, signal.SIGKILL)
+
+    def end(self) -> int:
+        """Wait for its end: an exit code, or a negative signal number."""
+        self._pipe.close()
+        return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+
+
+def in_a_child(work: Callable[[Say], None], rule: Rule) -> tuple[int, list[str]]:
+    """Do *work* in a process of its own: how it ended (as `Child.end`), and what it said."""
+    child = Child(work, rule)
+    said = list(child.lines)
+    return child.end(), said
+
+
+def _work_and_exit(work: Callable[[Say], None], rule: Rule, writing: int) -> None:
     code = 1
     try:
         setattr(disk, "os", FaultyOs(rule))  # noqa: B010  # the child ends with it

@@ -1,0 +1,146 @@
+"""kill -9 costs nothing that was acknowledged, at whatever moment it comes."""
+
+import contextlib
+import itertools
+import random
+import signal
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import short_run
+from faulty_os import Child, Say, dies_at, in_a_child, needs_fork
+from short_run import TWIN, Told, assert_open_to_all, assert_readable, assert_recovers, telling
+from store_runs import frame, pixels, start
+
+from store import shards
+from store.check import check
+from store.reader import State, open_run
+from store.records import Kind
+from store.writer import Provenance
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "SHARD_BYTES", short_run.SHARD_BYTES)
+
+
+def write_for_ever(path: Path, say: Say) -> None:
+    """Frames and twins, each told once it is acknowledged."""
+    run = start(path)
+    generator = run.note_generator("hash", "identity", "1", "numpy")
+    for seq in itertools.count():
+        axes = {"time": seq // 12, "z": seq % 3, "position": seq // 3 % 2, "channel": seq // 6 % 2}
+        taken = frame(seq, {**axes, "channel": f"c{axes['channel']}"}, z_um=float(seq % 3))
+        with telling(say, Kind.RAW, seq):
+            run.write_raw(taken, {})
+        with telling(say, Kind.REFOCUS, seq):
+            made = Provenance(generator=generator, latency_ns=1)
+            run.write_refocused(seq, pixels(TWIN + seq), made)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Child]:
+    """A process that writes a run for as long as the block lasts, then gets kill -9."""
+    child = Child(partial(write_for_ever, path))
+    try:
+        yield child
+    finally:
+        child.kill()
+        assert child.end() == -signal.SIGKILL
+
+
+def kill_at_random(path: Path, times: int) -> None:
+    """Kill -9 writers some time after so many acknowledgements: it falls anywhere in a write."""
+    for number in range(times):
+        chance = random.Random(number)
+        run = path / str(number)
+        with writing(run) as child:
+            said = [next(child.lines) for _ in range(chance.randint(1, 60))]
+            time.sleep(chance.uniform(0.0, 0.004))
+            child.kill()
+            said += child.lines
+        assert_nothing_lost(run, Told.of(said))
+
+
+def assert_nothing_lost(path: Path, told: Told) -> None:
+    """All that was acknowledged is there, for us and for all, at once and after recovering."""
+    assert not told.failed
+    run = assert_readable(path, told.acknowledged)
+    assert run.state == State.INCOMPLETE
+    assert_open_to_all(path)
+    assert check(path).findings == ("the run is incomplete: its writer ended without closing it",)
+    assert_recovers(path)
+    assert_readable(path, told.acknowledged)
+
+
+@needs_fork
+def test_kill_9_at_20_random_moments_costs_nothing_acknowledged(tmp_path: Path) -> None:
+    kill_at_random(tmp_path, times=20)
+
+
+@needs_fork
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_kill_9_costs_nothing_acknowledged_often(tmp_path: Path) -> None:
+    kill_at_random(tmp_path, times=200)
+
+
+@needs_fork
+@pytest.mark.usefixtures("small_shards")
+def test_a_kill_at_any_file_operation_costs_nothing_acknowledged(tmp_path: Path) -> None:
+    for number in itertools.count():
+        path = tmp_path / str(number)
+        code, said = in_a_child(partial(short_run.write, path), dies_at(number))
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL, said
+        assert_acknowledged_is_there(path, Told.of(said), open_to_all=True)
+    assert number > 100
+    assert Told.of(said).sealed
+    assert open_run(path).state == State.COMPLETE
+
+
+@needs_fork
+@pytest.mark.usefixtures("small_shards")
+def test_a_kill_within_any_write_costs_nothing_acknowledged(tmp_path: Path) -> None:
+    """No system cuts a write of a page in two; should one do so, recovering makes good for it."""
+    for number in itertools.count():
+        path = tmp_path / str(number)
+        code, said = in_a_child(partial(short_run.write, path), dies_at(number, by_half=True))
+        if code == 0:
+            break
+        assert_acknowledged_is_there(path, Told.of(said), open_to_all=False)
+    assert number > 100
+
+
+def assert_acknowledged_is_there(path: Path, told: Told, *, open_to_all: bool) -> None:
+    """Whatever of the run there is, it can be made whole, and all that was said is in it."""
+    if not (path / "journal").is_dir():
+        assert not told.acknowledged
+        return
+    before = assert_readable(path, told.acknowledged)
+    assert before.counts.saved <= sum(kind == Kind.RAW for kind, _ in told.acknowledged) + 1
+    if open_to_all:
+        assert_open_to_all(path)
+    after = assert_recovers(path)
+    assert short_run.planes(after) == short_run.planes(before)
+
+
+@needs_fork
+def test_a_reader_beside_a_living_writer_sees_only_what_is_right(tmp_path: Path) -> None:
+    with writing(tmp_path / "run") as child:
+        for _ in range(20):
+            _, kind, seq = next(child.lines).split()
+            run = open_run(tmp_path / "run")
+            assert run.state == State.LIVE
+            assert run.record(int(seq), Kind[kind]) is not None
+            assert not run.damaged_records
+            last = run.counts.saved - 1
+            np.testing.assert_array_equal(run.raw(last), pixels(last))
+            twin = run.refocused(last)  # it may be on its way
+            if twin is not None:
+                np.testing.assert_array_equal(twin, pixels(TWIN + last))
