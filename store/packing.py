@@ -6,8 +6,8 @@ not: the library renames each shard into place. That makes the work resumable. W
 made of stands in its attributes as a digest; one that does not fit the journal any more is made
 anew, never patched.
 
-Blosc with zstd and byte shuffle: camera noise (Poisson, mean 300, uint16) shrinks to 1/2.5, with bit
-shuffle to 1/2.25, with lz4 to 1/1.95, and the rest of the work is no faster.
+Blosc with zstd and byte shuffle: camera noise (Poisson, mean 300, uint16) shrinks to 1/2.5, with
+bit shuffle to 1/2.25, with lz4 to 1/1.95, and the rest of the work is no faster.
 """
 
 import hashlib
