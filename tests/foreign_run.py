@@ -22,9 +22,13 @@ FORMS = {
     "float": ((41, 50), "float32"),
     "page": ((64, 32), "uint16"),
     "lapse": ((24, 37), "uint8"),
+    "large": ((1031, 517), "uint16"),
     "on": ((100, 150), "uint16"),
 }
-"""Shape and type of a plane by position: 6466, 8200, 4096, 888 and 30,000 bytes."""
+"""Shape and type of a plane by position: 6466, 8200, 4096, 888, 1,066,054 and 30,000 bytes.
+
+Most are no whole pages; the large ones pass by the page cache where the disk allows it.
+"""
 GRID = [(t, c, z) for t in (0, 1, 2, 4) for c in ("DAPI", "GFP") for z in (0, 1, 2)]
 LAPSE = (0, 1, 3, 130, 255, 256)
 """Times of the position without z and channel: they do not fit into one shard."""
@@ -57,9 +61,10 @@ class Taken(NamedTuple):
 
 
 def plan() -> list[Taken]:
-    """Three in four slots of each stack, and the time lapse, in no order."""
+    """Three in four slots of each stack, and two time lapses, in no order."""
     chance = random.Random(3)
     places: list[tuple[str, dict[str, int | str]]] = [("lapse", {"time": t}) for t in LAPSE]
+    places += [("large", {"time": t}) for t in (0, 1, 3)]
     for position in ("stack", "float", "page"):
         for t, c, z in chance.sample(GRID, 18):
             places.append((position, {"time": t, "channel": c, "z": z}))
@@ -84,14 +89,14 @@ def write(path: Path) -> None:
     def answer() -> None:
         taken = waiting.pop(0)
         if taken.has_twin:
-            run.write_refocused(taken.seq, taken.picture(twin=True), made)
+            run.put_refocused(taken.seq, taken.picture(twin=True), made)
         else:
             run.book_refocus(taken.seq, RefocusOutcome.SKIPPED, "the engine was busy")
 
     def take(taken: Taken) -> None:
         axes = taken.axes | {"position": taken.position}
         header = frame(taken.seq, axes, *FORMS[taken.position]).header
-        run.write_raw(Frame(header, taken.picture()), {})
+        run.put_raw(Frame(header, taken.picture()), {})
         waiting.append(taken)
         if len(waiting) > LAG:
             answer()
@@ -100,6 +105,7 @@ def write(path: Path) -> None:
         take(taken)
     while waiting:
         answer()
+    run.settle()
     os.write(1, b"written\n")
     order = sys.stdin.readline()
     if order == "seal\n":
@@ -108,6 +114,7 @@ def write(path: Path) -> None:
     seq = len(PLANNED)
     while order == "go on\n":
         take(further(seq))
+        run.settle()
         os.write(1, f"{seq}\n".encode())
         seq += 1
 

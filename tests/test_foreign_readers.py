@@ -1,4 +1,4 @@
-"""Readers that nobody here wrote open a run that is live, was killed, or is sealed.
+"""Readers that nobody here wrote open a run that is live, killed, recovered, sealed or finished.
 
 Every reader must read every acknowledged plane as it was, and nothing but Zarr's fill value, 0,
 where no plane was written. Pixels alone cannot tell such a slot from a black plane; the journal
@@ -20,9 +20,11 @@ from foreign_readers import LIBRARIES, Planes, assert_shows, block, library
 from foreign_run import BLACK, LAG, PLANNED, TWIN, Slot, Taken, Writer, further
 
 from refocus.frame import Pixels
+from store.finish import finish
 from store.layout import array_dir
 from store.reader import State, open_run
 from store.records import Kind
+from store.recover import recover
 
 
 @dataclass
@@ -31,6 +33,8 @@ class Written:
 
     path: Path
     state: State
+    compressed: bool = False
+    """By the zarr library, which may leave black planes out."""
     sure: list[dict[Slot, Pixels]] = field(default_factory=list)
     """The acknowledged planes."""
     maybe: list[dict[Slot, Pixels]] = field(default_factory=list)
@@ -72,26 +76,31 @@ class Written:
             yield array_dir(self.path, image), *planes
 
 
-@pytest.fixture(scope="module", params=["live", "killed", "sealed"])
+@pytest.fixture(scope="module", params=["live", "killed", "recovered", "sealed", "finished"])
 def written(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Written]:
-    """The run at one of three moments of its life."""
+    """The run at one of five moments of its life."""
     run = Written(tmp_path_factory.mktemp(request.param) / "run", State.LIVE)
     for taken in PLANNED:
         run.add_raw(taken)
         run.add_twin(taken)
     writer = Writer(run.path)
     try:
-        if request.param == "sealed":
+        if request.param in ("sealed", "finished"):
             writer.tell("seal")
             assert writer.hear() == "sealed\n"
             run.state = State.COMPLETE
-        if request.param == "killed":
+        if request.param == "finished":
+            finish(run.path, compress=True)
+            run.compressed = True
+        if request.param in ("killed", "recovered"):
             writer.tell("go on")
             said = [writer.hear() for _ in range(20)]
             run.add_killed(int((said + writer.kill())[-1]))
             run.state = State.INCOMPLETE
+        if request.param == "recovered":
+            recover(run.path)
         yield run
     finally:
         writer.kill()
