@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from acquire.expected import key
+from store.guard import DiskGuard
 
 PAGE_BYTES = 4096
 """A plane on disk takes whole pages."""
@@ -25,6 +26,24 @@ class Forecast:
         """Room on disk for all frames, each with its *refocused* twin or without."""
         pages = -(-plane_bytes // PAGE_BYTES)
         return self.frames * (pages * PAGE_BYTES * (1 + refocused) + JOURNAL_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Whether the run to come has room on its disk, as far as anybody knows its size."""
+
+    guard: DiskGuard
+    forecast: Forecast | None
+    refocused: bool
+
+    def require(self, plane_bytes: int | None) -> None:
+        """Raises DiskError where the run does not fit; *plane_bytes* is None while unknown."""
+        wanted, what = 0, "a run"
+        if self.forecast is not None:
+            what = f"a run of {self.forecast.frames} frames" + " and their twins" * self.refocused
+            if plane_bytes is not None:
+                wanted = self.forecast.run_bytes(plane_bytes, refocused=self.refocused)
+        self.guard.require(wanted, what)
 
 
 def forecast(events: Iterable[Mapping[str, Any]]) -> Forecast:

@@ -49,6 +49,8 @@ class Hook:
         self.expected = Expected()
         self.stopping = threading.Event()
         """Set it to end the acquisition after the events that are already under way."""
+        self.closed = False
+        """Set where nobody records any more; it ends the acquisition in the same way."""
 
     def event(self, event: Event) -> Event | None:
         """event_generation_hook_fn: counts one submitted image."""
@@ -104,4 +106,4 @@ class Hook:
             self.stopping.set()
 
     def _go_on(self, event: E) -> E | None:
-        return None if self.stopping.is_set() else event
+        return None if self.closed or self.stopping.is_set() else event

@@ -9,10 +9,10 @@ from types import FrameType
 
 @contextlib.contextmanager
 def interrupts_deferred() -> Iterator[threading.Event]:
-    """Inside, the first Ctrl-C sets the yielded event; KeyboardInterrupt is raised on leaving.
+    """Inside, Ctrl-C sets the yielded event; KeyboardInterrupt is raised on leaving.
 
-    A second one interrupts at once after all: a disk may hang for ever. Does nothing outside the
-    main thread, or where somebody else handles SIGINT.
+    A third one interrupts at once after all (people press twice): a disk may hang for ever. Does
+    nothing outside the main thread, or where somebody else handles SIGINT.
     """
     hurry = threading.Event()
     ours = threading.current_thread() is threading.main_thread()
@@ -21,9 +21,10 @@ def interrupts_deferred() -> Iterator[threading.Event]:
         return
 
     def note(number: int, frame: FrameType | None) -> None:
+        if hurry.is_set():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         # Not under the event's lock: the main thread, which runs this handler, never waits on it.
         hurry.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     signal.signal(signal.SIGINT, note)
     try:

@@ -19,8 +19,8 @@ Threads: Micro-Manager's own (the hooks), intake, writer, link, supervisor.
 
 import contextlib
 import logging
+import math
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
@@ -32,7 +32,7 @@ import msgspec
 
 from acquire.again import refocus_again, without_twin
 from acquire.engine_side import EngineSide, check_address, start_engine
-from acquire.forecast import Forecast, forecast
+from acquire.forecast import Room, forecast
 from acquire.header import Hardware
 from acquire.hook import Hook
 from acquire.intake import Intake
@@ -83,11 +83,14 @@ class Recorder:
         self.out = Path(out)
         self._trouble = Trouble()
         self._complain = self._trouble.tell
-        self._guard = DiskGuard(self.out, self.settings.store.reserve_mib * 2**20)
+        self._room = Room(
+            DiskGuard(self.out, self.settings.store.reserve_mib * 2**20),
+            forecast(events) if events is not None else None,
+            refocused=self.settings.engine.runtime != "none",
+        )
         self._size_known = False
         self._full = ""
         self._expected_shape = expected_shape
-        self._forecast: Forecast | None = forecast(events) if events is not None else None
         self._micromanager_saves = micromanager_saves
         self._run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
         self._intake = Intake(
@@ -111,6 +114,8 @@ class Recorder:
         self._engine: EngineSide | None = None
         self.interrupted = False
         """The run was left by an exception, or told to stop, before its acquisition was over."""
+        self._cut_short = ""
+        """Why the disk guard ended the acquisition, where it did."""
         self._state = "live"
 
     def hooks(self) -> dict[str, Callable[..., Any]]:
@@ -177,9 +182,9 @@ class Recorder:
         if self.started:
             raise RunError(f"run {self.out}: a recorder records one run; make another")
         check_address(self.settings)
-        y, x = self._expected_shape or (0, 0)
-        self._require_room(y * x * USUAL_PIXEL_BYTES)
-        stack_planes = self._forecast.stack_planes if self._forecast else None
+        shape, expected = self._expected_shape, self._room.forecast
+        self._room.require(math.prod(shape) * USUAL_PIXEL_BYTES if shape else None)
+        stack_planes = expected.stack_planes if expected else None
         info = RunInfo(
             run_id=self._run_id,
             created_wall_ns=time.time_ns(),
@@ -194,7 +199,7 @@ class Recorder:
                 self._writing = Writing(
                     self._run,
                     self._intake,
-                    self._guard,
+                    self._room.guard,
                     on_raw_saved=self._raw_saved,
                     on_raw_failure=self._raw_failed,
                     on_full=self._disk_full,
@@ -236,27 +241,35 @@ class Recorder:
         trace: TracebackType | None,
     ) -> None:
         self.interrupted = kind is not None or self.stopping.is_set()
-        self.stopping.set()  # an acquisition that still runs has nobody to record it any more
-        with interrupts_deferred() as hurry:
-            self._drain(hurry)
-            self._fill(hurry)
-            self._closing.close()
-        if kind is None and self._full:
-            raise DiskError(f"run {self.out}: stopped: {self._full}")
+        self._cut_short = self._full  # later there is nothing left to cut
+        self._hook.closed = True  # an acquisition that still runs has nobody to record it any more
+        with interrupts_deferred() as pressed:
+
+            def hurry() -> bool:
+                return pressed.is_set() or (self.stopping.is_set() and not self.interrupted)
+
+            try:
+                self._drain(hurry)
+                self._fill(hurry)
+            finally:
+                self.stopping.set()
+                self._closing.close()
+        if kind is None and self._cut_short:
+            raise DiskError(f"run {self.out}: stopped: {self._cut_short}")
         if kind is None and (finding := self._finding()):
             raise RunError(f"run {self.out}: {finding}")
 
-    def _drain(self, hurry: threading.Event) -> None:
+    def _drain(self, hurry: Callable[[], bool]) -> None:
         """Waits a while for every frame to have its answer, unless there is nobody to give one."""
         limit_s = INTERRUPTED_DRAIN_S if self.interrupted else self.settings.acquire.drain_s
         deadline = time.monotonic() + limit_s
-        while self._engine is not None and time.monotonic() < deadline and not hurry.is_set():
+        while self._engine is not None and time.monotonic() < deadline and not hurry():
             done = self._writing.unanswered == 0 and self._intake.waiting_bytes == 0
             if done or self._engine.hopeless:
                 return
             time.sleep(POLL_S)
 
-    def _fill(self, hurry: threading.Event) -> None:
+    def _fill(self, hurry: Callable[[], bool]) -> None:
         """Refocuses what was skipped, with an engine that has answered for all it was given."""
         limit_s, engine = self.settings.acquire.fill_at_end_s, self._engine
         if self.interrupted or engine is None or not limit_s or self._writing.unanswered:
@@ -269,7 +282,7 @@ class Recorder:
                 self._intake,
                 self._writing,
                 engine,
-                stopped=lambda: hurry.is_set() or bool(self._full),
+                stopped=hurry,
                 limit_s=limit_s,
             )
         except (RunError, OSError) as error:
@@ -278,7 +291,7 @@ class Recorder:
     def _seal(self) -> None:
         """Last step, with all threads ended."""
         certain = self.expected.submitted is not None or not self.interrupted
-        lost = bool(self._full or self._finding() or self.expected.missing)
+        lost = bool(self._cut_short or self._finding() or self.expected.missing)
         complete = certain and not lost
         note = "; ".join(self.trouble)
         self._run.close(complete=complete, expected_frames=self._expected(), note=note)
@@ -310,23 +323,13 @@ class Recorder:
             return None
         return self._intake.received + self.expected.missing
 
-    def _require_room(self, plane_bytes: int) -> None:
-        """Raises DiskError where the run does not fit, as far as it is known."""
-        refocused = self.settings.engine.runtime != "none"
-        wanted, what = 0, "a run"
-        if self._forecast is not None:
-            what = f"a run of {self._forecast.frames} frames" + " and their twins" * refocused
-            if plane_bytes:
-                wanted = self._forecast.run_bytes(plane_bytes, refocused=refocused)
-        self._guard.require(wanted, what)
-
     def _raw_saved(self, plane_bytes: int) -> None:
         """Writer's thread. With the first one it is known how large the others will be."""
         if self._size_known:
             return
         self._size_known = True
         try:
-            self._require_room(plane_bytes)
+            self._room.require(plane_bytes)
         except DiskError as error:
             self._disk_full(str(error))
 
@@ -334,7 +337,7 @@ class Recorder:
         """Writer's thread. Also where Micro-Manager saves: its storage may be on the same disk."""
         if not self._full:
             self._full = reason
-            self._complain(f"the acquisition is being stopped: {reason}")
+            self._complain(f"nothing more is begun: {reason}")
         self.stopping.set()
 
     def _raw_failed(self, reason: str) -> None:

@@ -460,6 +460,30 @@ def test_a_recorder_refocuses_what_it_skipped_before_it_leaves(
     assert max(latencies) > 0
 
 
+def test_a_recorder_told_to_stop_while_it_waits_for_the_engine_leaves(tmp_path: Path) -> None:
+    """As Ctrl-C does it in `refocus demo`; nobody may have to wait 1000 s here."""
+    package = hanging_package.make(tmp_path / "hanging")
+    patient = EngineSettings(
+        runtime="openvino", generator=str(package.folder), frame_timeout_ms=1_000_000
+    )
+    chosen = Settings(acquire=AcquireSettings(drain_s=1000, fill_at_end_s=1000), engine=patient)
+    with recorder(tmp_path / "run", chosen) as r:
+        assert r.wait_for_engine(30)
+        shoot(r, plane(SHAPE))
+
+        def press() -> None:
+            while not r._hook.closed:
+                time.sleep(0.005)
+            r.stopping.set()
+
+        presser = threading.Thread(target=press)
+        presser.start()
+    presser.join()
+    assert not r.interrupted, "every frame had come by then"
+    assert r.status().state == "complete"
+    assert outcomes(open_run(tmp_path / "run")) == {"LOST": 1}
+
+
 @pytest.mark.parametrize("why_not", ["switched off", "interrupted"])
 def test_a_recorder_that_shall_not_fill_leaves_it_to_later(
     tmp_path: Path, negated: Package, why_not: str

@@ -40,7 +40,7 @@ def main() -> None:
         z_step=1.25,
     )
     with (
-        Recorder(settings.load(), out=options.run) as recorder,
+        Recorder(settings.load(), out=options.run, events=events) as recorder,
         Acquisition(**recorder.hooks()) as acquisition,
     ):
         acquisition.acquire(events)
