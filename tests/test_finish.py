@@ -181,6 +181,20 @@ def test_compressed_later_than_built(run: Path) -> None:
     require_both_pyramids(run)
 
 
+def test_a_run_without_shards_is_finished_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("store.disk.has_sparse_files", lambda _folder: False)
+    run = tmp_path / "run"
+    write(run).close(complete=True, expected_frames=FRAMES)
+    assert len(list((run / "0" / "0").glob("c.*"))) == FRAMES, "a file a plane"
+    finish(run, compress=True)
+    assert not list((run / "0" / "0").glob("c.*"))
+    require_planes(run)
+    require_both_pyramids(run)
+    assert check(run).findings == ()
+
+
 @pytest.mark.parametrize("compress", [False, True])
 def test_a_plane_refocused_later_gets_its_place_in_the_pyramid(run: Path, compress: bool) -> None:
     finish(run, compress=compress)
