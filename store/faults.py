@@ -4,11 +4,13 @@ Read-only. The journal alone decides what a shard's index should list, how long 
 which images there are, so `refocus check` can tell and `refocus recover` can mend it, and mending
 twice is mending once.
 
-A shard that ever held an acknowledged plane is no leftover, even where all of its planes are lost:
-what is damaged may still tell somebody something. Nor is anything where records are damaged, for
-they may have spoken of it.
+No pixel is ever a leftover: a shard of which no record speaks is one only where nothing was ever
+written to it, which is what a writer makes ahead. What is damaged, or was never acknowledged, may
+still tell somebody something; it is out of the index, and that is enough.
 """
 
+import errno
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,19 +22,20 @@ from refocus.errors import RunError
 from refocus.frame import Pixels, RawOutcome
 from store import metadata, ome
 from store.metadata import PairImages
-from store.planes import PlaneArray
 from store.reader import Run, place_of
 from store.rebuild import Rebuilt
 from store.records import Record
-from store.shards import read_index, slots_of
+from store.shards import Grid, read_index, slots_of
 from store.verify import acknowledged
+
+_CHUNK_BYTES = 8 << 20
 
 
 class IndexFault(NamedTuple):
     """A shard whose index does not list the planes that were acknowledged."""
 
     path: Path
-    array: PlaneArray
+    grid: Grid
     slots: frozenset[int]
     """What it should list."""
     hidden: int
@@ -62,14 +65,14 @@ class Faults(NamedTuple):
 def find_faults(run: Run, pairs: Sequence[Rebuilt]) -> Faults:
     """Everything of a run that no writer has that is not as its journal says. Raises OSError."""
     slots = slots_by_shard(acknowledged(run), pairs)
-    used = set(slots_by_shard((r for r in run.all_records.records if r.has_plane), pairs))
+    files = _shard_files(pairs)
+    blank = [path for path, grid in files if path not in slots and _is_blank(path, grid)]
     shown = [_shown(run, rebuilt) for rebuilt in pairs]
     # A hidden folder is what `refocus finish` goes on with.
     leftovers = [path for path in run.path.rglob(".*.partial") if path.is_file()]
-    if not run.damaged_records:
-        leftovers += [*_unused_images(run, len(pairs)), *_unused_shards(pairs, used)]
+    leftovers += [*blank, *_unused_images(run, len(pairs))]
     return Faults(
-        indices=[*_index_faults(pairs, slots, used)],
+        indices=[*_index_faults(files, slots, blank)],
         metadata=[*metadata.differing(run.path, shown)],
         leftovers=sorted(leftovers, reverse=True),  # what is in a folder before the folder
     )
@@ -90,36 +93,51 @@ def slots_by_shard(records: Iterable[Record], pairs: Sequence[Rebuilt]) -> dict[
     }
 
 
-def _index_faults(
-    pairs: Sequence[Rebuilt], slots: dict[Path, set[int]], used: set[Path]
-) -> Iterator[IndexFault]:
-    for array in (array for rebuilt in pairs for array in rebuilt.arrays):
-        if array.grid is None:
-            continue
-        for path in sorted(used.intersection(array.shard_files())):
-            wanted = slots.get(path, set())
+def _shard_files(pairs: Sequence[Rebuilt]) -> list[tuple[Path, Grid]]:
+    """Every shard on disk, in no order."""
+    arrays = [array for rebuilt in pairs for array in rebuilt.arrays]
+    return [(path, array.grid) for array in arrays if array.grid for path in array.shard_files()]
+
+
+def _is_blank(path: Path, grid: Grid) -> bool:
+    """Whether a shard has no byte but zeros where planes go."""
+    with path.open("rb", buffering=0) as file:
+        if hasattr(os, "SEEK_DATA"):  # it is a hole of half a gigabyte
             try:
-                index = read_index(path, array.grid)
-            except OSError:
-                yield IndexFault(path, array, frozenset(wanted), len(wanted), 0)
-                continue
-            found = set() if index is None else slots_of(index)
-            right = index is not None and np.array_equal(index, array.grid.index_of(wanted))
-            if not right and (wanted or found):
-                missing = len(wanted - found)
-                yield IndexFault(path, array, frozenset(wanted), missing, len(found - wanted))
+                file.seek(0, os.SEEK_DATA)
+            except OSError as error:
+                return error.errno == errno.ENXIO
+        while file.tell() < grid.index_offset:
+            if file.read(min(_CHUNK_BYTES, grid.index_offset - file.tell())).strip(b"\0"):
+                return False
+            if file.tell() >= os.fstat(file.fileno()).st_size:
+                break
+    return True
 
 
-def _unused_shards(pairs: Sequence[Rebuilt], used: set[Path]) -> Iterator[Path]:
-    for array in (array for rebuilt in pairs for array in rebuilt.arrays):
-        if array.grid is not None:
-            yield from set(array.shard_files()) - used
+def _index_faults(
+    files: Sequence[tuple[Path, Grid]], slots: dict[Path, set[int]], blank: Sequence[Path]
+) -> Iterator[IndexFault]:
+    for path, grid in sorted(files, key=lambda one: one[0]):
+        if path in blank:
+            continue
+        wanted = slots.get(path, set())
+        try:
+            index = read_index(path, grid)
+        except OSError:
+            yield IndexFault(path, grid, frozenset(wanted), len(wanted), 0)
+            continue
+        found = set() if index is None else slots_of(index)
+        right = index is not None and np.array_equal(index, grid.index_of(wanted))
+        if not right and (wanted or found):
+            missing = len(wanted - found)
+            yield IndexFault(path, grid, frozenset(wanted), missing, len(found - wanted))
 
 
 def _unused_images(run: Run, pairs: int) -> Iterator[Path]:
     """Images that were begun and never listed; without any image, the lists of images too."""
     for path in run.path.iterdir():
-        if path.name.isdecimal() and path.is_dir() and int(path.name) >= 2 * pairs:
+        if path.name.isdecimal() and int(path.name) >= 2 * pairs and not [*path.glob("0/c*")]:
             yield path
     if not pairs:
         yield from (run.path / name for name in ("OME", "zarr.json") if (run.path / name).exists())

@@ -165,8 +165,7 @@ class _Work:
         """Make indices and metadata say what the journal says; remove what nothing needs."""
         faults = find_faults(run, pairs)
         for index in faults.indices:
-            assert index.array.grid is not None
-            repair_index(index.path, index.array.grid, index.slots)
+            repair_index(index.path, index.grid, index.slots)
             self._touched(index.path)
         for path, content in faults.metadata:
             disk.make_folders(path.parent)

@@ -94,7 +94,9 @@ def _outcomes_tail(folder: Path) -> Tail | None:
             f"{path} is gone: which planes are right cannot be known. Put it back from a copy"
         )
     content = path.read_bytes() if path.exists() else b""
-    if not content.strip(b"\0") or len(content) < RECORD_BYTES:
+    if len(content) < RECORD_BYTES or file_header().startswith(content.rstrip(b"\0")):
+        if content == file_header():
+            return None
         said = f"{OUTCOMES}: has not even its first {RECORD_BYTES} bytes; {_NOTHING_LOST}"
         return Tail(path, 0, said, file_header())
     found = sound_records(content)

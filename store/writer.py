@@ -249,9 +249,8 @@ class RunWriter:
             self._outcomes.seal(complete=complete, expected_frames=expected_frames, note=note)
             self._durability.sync()
         except OSError as error:
-            raise RunError(
-                f"{self.path}: not sealed ({describe(error)}); it is incomplete"
-            ) from error
+            what = f"{self.path}: not sealed ({describe(error)}); run `refocus recover`"
+            raise RunError(what) from error
         finally:
             self._leave()
         return counts
