@@ -147,9 +147,13 @@ class PlaneArray:
         assert self._shards is not None, f"{self._folder} is open for reading"
         self.cover(t, c, z)
         if self.grid is None:
-            self._by_zarr("r+")[t, c, z] = staged.pixels
-            self._shards.changed(self._folder / f"c.{t}.{c}.{z}.0.0")
-            self._shards.changed(self._folder)
+            array = self._by_zarr("r+")
+            array[t, c, z] = staged.pixels
+            lengths = array.shards or array.chunks
+            chunk = (t // lengths[0], c // lengths[1], z // lengths[2], 0, 0)
+            path = self._folder / array.metadata.encode_chunk_key(chunk)
+            for changed in (path, *path.parents[: 1 + path.parents.index(self._folder)]):
+                self._shards.changed(changed)
         else:
             path = self.shard_file(t, c, z)
             self._shards.put(path, self.grid, self.grid.slot(t, z), staged)
