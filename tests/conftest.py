@@ -74,3 +74,8 @@ def branch(tmp_path: Path) -> Iterator[Callable[..., Branch]]:
     yield open_branch
     for one in opened:
         one.close()
+
+
+@pytest.fixture
+def negated(tmp_path: Path) -> Package:
+    return identity_package.make(tmp_path / "negated", name="negated", answer="negated")

@@ -1,0 +1,186 @@
+"""Filling is stopped, killed, locked out or short of disk: it loses nothing and goes on."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import psutil
+import pytest
+
+from acquire.fill import fill
+from engine.package import Package
+from engine.scaling import Scaling
+from refocus.errors import DiskError, LockedError, RunError, SettingsError
+from refocus.settings import StoreSettings
+from store.check import check
+from store.reader import State, open_run
+from store.recover import recover
+from tests import hanging_package
+from tests.recording import plane, recorder, shoot
+from tests.recording import settings as recording_settings
+from tests.small_disk import small_disk
+from tests.unfilled import SHAPE, assert_made_with, digest, make_run, outcomes, settings, times
+
+LIMIT_S = 60
+
+
+def test_a_worker_that_dies_costs_nothing(tmp_path: Path, negated: Package) -> None:
+    path = tmp_path / "run"
+    make_run(path, negated, times(200))
+    killed: list[int] = []
+
+    def kill(done: int, total: int) -> None:
+        if done >= 20 and not killed:
+            (worker,) = psutil.Process().children()
+            killed.append(worker.pid)
+            worker.kill()
+
+    filled = fill(path, settings(), progress=kill)
+    assert killed
+    assert (filled.filled, filled.left) == (200, 0)
+    run = open_run(path)
+    assert outcomes(run) == {"REFOCUSED": 200}
+    assert any(event.event == "worker_died" for event in run.notes.events)
+
+
+def test_planes_that_hang_every_worker_end_the_call(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    package = hanging_package.make(tmp_path / "hanging")
+    make_run(path, package, times(2))
+    filled = fill(path, settings(frame_timeout_ms=300))
+    assert (filled.filled, filled.left) == (0, 2)
+    assert outcomes(open_run(path)) == {"LOST": 2}
+
+
+def test_an_engine_that_cannot_start_leaves_the_planes_as_they_were(
+    tmp_path: Path, negated: Package
+) -> None:
+    path = tmp_path / "run"
+    make_run(path, negated, times(8))
+    filled = fill(path, settings(runtime="tensorrt"))
+    assert (filled.filled, filled.left) == (0, 8)
+    assert any("tensorrt" in line for line in filled.trouble)
+    assert outcomes(open_run(path)) == {"SKIPPED": 8}
+    with pytest.raises(SettingsError, match="--engine auto"):
+        fill(path, settings(runtime="none"))
+
+
+def start_fill(path: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "refocus.cli.main", "fill", str(path), "--json"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_kill_9_in_the_middle_and_on_it_goes(tmp_path: Path, negated: Package) -> None:
+    path = tmp_path / "run"
+    total = 400
+    make_run(path, negated, times(total))
+    child = start_fill(path)
+    try:
+        deadline = time.monotonic() + LIMIT_S
+        while open_run(path).counts.refocused < 20:
+            assert time.monotonic() < deadline
+        child.send_signal(signal.SIGSTOP)
+        done = open_run(path).counts.refocused
+        assert done < total
+        with pytest.raises(LockedError):
+            fill(path, settings())
+        second = start_fill(path)
+        _, errors = second.communicate(timeout=30)
+        assert second.returncode == 4, errors
+    finally:
+        child.kill()
+        child.communicate()
+    acknowledged = open_run(path)
+    made = {seq: acknowledged.refocused(seq) for seq in range(total)}
+    assert sum(plane is not None for plane in made.values()) >= done
+    filled = fill(path, settings())
+    assert (filled.planes, filled.left) == (total - acknowledged.counts.refocused, 0)
+    run = open_run(path)
+    assert outcomes(run) == {"REFOCUSED": total}
+    assert run.state is State.COMPLETE
+    assert check(path).findings == ()
+    for seq, twin in made.items():
+        assert twin is None or np.array_equal(twin, run.refocused(seq))
+    (noted,) = run.notes.scalings.values()
+    assert_made_with(run, negated, {"DAPI": Scaling(noted.offset, noted.scale)})
+    files = digest(path)
+    assert fill(path, settings()).planes == 0
+    assert digest(path) == files
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_ctrl_c_ends_a_fill_in_order(tmp_path: Path, negated: Package) -> None:
+    path = tmp_path / "run"
+    make_run(path, negated, times(400))
+    child = start_fill(path)
+    try:
+        deadline = time.monotonic() + LIMIT_S
+        while open_run(path).counts.refocused < 5:
+            assert time.monotonic() < deadline
+        child.send_signal(signal.SIGINT)
+        said, errors = child.communicate(timeout=30)
+    finally:
+        child.kill()
+        child.communicate()
+    assert child.returncode == 1, errors
+    assert "Traceback" not in errors
+    summary = json.loads(said)
+    assert summary["filled"] + summary["left"] == summary["planes"] == 400
+    assert summary["failed"] == 0
+    assert open_run(path).counts.refocused == summary["filled"]
+    assert check(path).findings == ()
+
+
+def test_a_run_that_is_written_is_not_filled(tmp_path: Path, negated: Package) -> None:
+    chosen = recording_settings(negated.folder, "none")
+    with recorder(tmp_path / "run", chosen) as r:
+        shoot(r, plane(SHAPE))
+        with pytest.raises(LockedError):
+            fill(tmp_path / "run", settings())
+    assert fill(tmp_path / "run", settings()).filled == 1
+
+
+def test_what_is_no_closed_run_is_refused_untouched(tmp_path: Path, negated: Package) -> None:
+    with pytest.raises(RunError, match="not a run"):
+        fill(tmp_path, settings())
+    with recorder(tmp_path / "run", recording_settings(negated.folder, "none")) as r:
+        shoot(r, plane(SHAPE))
+        while not r.status().counts.skipped:
+            time.sleep(0.005)
+        killed = shutil.copytree(tmp_path / "run", tmp_path / "killed")  # as kill -9 leaves it
+    files = digest(killed)
+    with pytest.raises(RunError, match="refocus recover"):
+        fill(killed, settings())
+    assert digest(killed) == files
+    recover(killed)
+    assert fill(killed, settings()).filled == 1
+
+
+def test_a_full_disk_ends_a_fill_before_and_meanwhile(tmp_path: Path, negated: Package) -> None:
+    with small_disk(tmp_path / "disk", 8) as disk:
+        path = disk / "run"
+        make_run(path, negated, times(40), shape=(128, 256))  # 2.5 MiB
+        tight = msgspec.structs.replace(settings(), store=StoreSettings(reserve_mib=4))
+        with pytest.raises(DiskError, match="twins of 40 planes needs"):
+            fill(path, tight)
+        room = msgspec.structs.replace(settings(), store=StoreSettings(reserve_mib=2))
+
+        def download(done: int, total: int) -> None:
+            if done >= 3:
+                (disk / "download").write_bytes(bytes(3 * 2**20))
+
+        filled = fill(path, room, progress=download)
+        assert "reserve_mib" in filled.full
+        assert filled.left
+        assert not filled.failed
+        (disk / "download").unlink()
+        assert fill(path, room).left == 0
+        assert check(path).findings == ()
