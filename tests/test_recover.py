@@ -15,7 +15,7 @@ from store_runs import frame, start
 from refocus.cli.main import main
 from refocus.errors import LockedError, RunError
 from refocus.frame import RawOutcome, RefocusOutcome
-from store import disk, shards
+from store import disk, durable, shards
 from store.check import check
 from store.journal import EventLine
 from store.layout import RunInfo
@@ -50,6 +50,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "SHARD_BYTES", short_run.SHARD_BYTES)
+        patch.setattr(durable, "PAUSE_S", 3600.0)  # no mark among the records
         run = start(folder / "sealed", pixel_um=0.1)
         generator = run.note_generator("hash", "identity", "1", "numpy")
         for seq in range(len(short_run.FRAMES)):
