@@ -155,13 +155,13 @@ def make_sparse(descriptor: int) -> None:
 
 
 def has_sparse_files(folder: Path) -> bool:
-    """Whether a hole in a file takes no room in this folder (exFAT and FAT fill it)."""
+    """Whether a hole in a file takes no room in this folder (exFAT and FAT fill it). OSError."""
     with _probe_file(folder) as (descriptor, _):
         try:
             make_sparse(descriptor)
-            write_at(descriptor, b"end", _PROBE_BYTES)
         except OSError:
             return False
+        write_at(descriptor, b"end", _PROBE_BYTES)
         blocks = getattr(os.fstat(descriptor), "st_blocks", 0)  # of 512 bytes; Windows: unknown
         return bool(blocks * 512 < _PROBE_BYTES // 2)
 

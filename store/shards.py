@@ -18,6 +18,7 @@ no plane (the index is written before the first one), or is damaged, and then `r
 rebuilds it from the journal.
 """
 
+import contextlib
 import errno
 import math
 from collections import OrderedDict, deque
@@ -218,7 +219,12 @@ class _Shard:
             disk.write_at(self._direct, staged.pages.data, self._offset(slot))
         index = self._index.copy()
         index[slot] = self._offset(slot), self._grid.plane_bytes
-        disk.write_at(self._file, _encode(index), self._grid.index_offset)
+        try:
+            disk.write_at(self._file, _encode(index), self._grid.index_offset)
+        except OSError:
+            with contextlib.suppress(OSError):  # half an index would hide the other planes
+                disk.write_at(self._file, _encode(self._index), self._grid.index_offset)
+            raise
         self._index = index
 
     def _offset(self, slot: int) -> int:

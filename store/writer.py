@@ -79,6 +79,7 @@ class RunWriter:
             path.mkdir(parents=True)
             try:
                 journal = Journal(journal_dir(path), plain_info(info))
+                return cls._of(path, journal, info.pixel_um, stack_planes)
             except BaseException:
                 shutil.rmtree(path, ignore_errors=True)  # made just now, so nothing else is in it
                 raise
@@ -86,7 +87,6 @@ class RunWriter:
             raise RunError(f"{path}: exists already; give a folder that does not") from error
         except OSError as error:
             raise RunError(f"{path}: a run cannot be made here ({describe(error)})") from error
-        return cls(path, journal, info.pixel_um, stack_planes)
 
     @classmethod
     def reopen(cls, path: Path) -> "RunWriter":
@@ -96,13 +96,27 @@ class RunWriter:
         no whole end: `recover` gives it both.
         """
         run, journal = resume(path)
-        writer = cls(path, journal, None, None)
+        try:
+            writer = cls._of(path, journal, None, None)
+        except OSError as error:
+            raise RunError(f"{path}: cannot be written to ({describe(error)})") from error
         try:
             writer._adopt(run)
         except BaseException:
             writer._leave()
             raise
         return writer
+
+    @classmethod
+    def _of(
+        cls, path: Path, journal: Journal, pixel_um: float | None, stack_planes: int | None
+    ) -> "RunWriter":
+        """A writer that owns *journal*, and has closed it where it cannot be. Raises OSError."""
+        try:
+            return cls(path, journal, pixel_um, stack_planes)
+        except BaseException:
+            journal.close()
+            raise
 
     def write_raw(self, frame: Frame, tags: Mapping[str, object]) -> FrameHeader:
         """Place a frame, store its plane and acknowledge it; returns its header with the segment.

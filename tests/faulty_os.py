@@ -4,15 +4,16 @@ A test sees every call that changes a file of a run, or makes it durable, in ord
 becomes of it: done, done by half, refused, or the last thing that its process does.
 """
 
-import errno
+import contextlib
 import functools
 import itertools
 import os
 import signal
 import sys
+import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ class FaultyOs:
     def __init__(self, rule: Rule = Call.do, *, without: Collection[str] = ()) -> None:
         self.rule = rule
         self._without = without
-        self._numbers = itertools.count()
+        self.numbers = itertools.count()
         self._paths: dict[int, Path] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -89,7 +90,7 @@ class FaultyOs:
         return self._ask(name, self._paths[target] if type(target) is int else Path(target), args)
 
     def _ask(self, name: str, path: Path, args: tuple[Any, ...]) -> Any:
-        return self.rule(Call(next(self._numbers), name, path, args))
+        return self.rule(Call(next(self.numbers), name, path, args))
 
 
 def die() -> None:
@@ -97,44 +98,35 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def dies_at(number: int, *, by_half: bool = False) -> Rule:
-    """Before the call of this number, or when half of its bytes are written."""
+def dies_at(number: int) -> Rule:
+    """Before the call of this number."""
 
     def rule(call: Call) -> Any:
-        if call.number == number:
-            if by_half and call.writes:
-                call.do_half()
+        return die() if call.number == number else call.do()
+
+    return rule
+
+
+def dies_within(number: int) -> Rule:
+    """When half of the bytes of the write of this number are written."""
+    writes = itertools.count()
+
+    def rule(call: Call) -> Any:
+        if call.writes and next(writes) == number:
+            call.do_half()
             die()
         return call.do()
 
     return rule
 
 
-def fails_at(number: int, error: int, *, by_half: bool = False, times: int = 1) -> Rule:
-    """The call of this number, and the next ones up to *times*, end in an error.
-
-    *by_half*: half of the bytes are taken first, as by a disk that gets full.
-    """
-
-    def rule(call: Call) -> Any:
-        if not number <= call.number < number + times:
-            return call.do()
-        if by_half and call.writes and call.number == number and len(call.args[1]) > 1:
-            return call.do_half()  # whoever asks for the rest gets the error, with times=2
-        raise OSError(error, os.strerror(error), str(call.path))
-
-    return rule
-
-
-def fails_where(wanted: Callable[[Call], bool], error: int = errno.EIO) -> Rule:
-    """Every call that is *wanted* ends in an error."""
-
-    def rule(call: Call) -> Any:
-        if wanted(call):
-            raise OSError(error, os.strerror(error), str(call.path))
-        return call.do()
-
-    return rule
+@contextlib.contextmanager
+def quick_folder() -> Iterator[Path]:
+    """A folder in memory where the system has that: thousands of runs are written there."""
+    memory = Path("/dev/shm")
+    usable = memory if os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="refocus-test-", dir=usable) as folder:
+        yield Path(folder)
 
 
 Say = Callable[[str], None]

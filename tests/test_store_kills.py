@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import short_run
-from faulty_os import Child, Say, dies_at, in_a_child, needs_fork
+from faulty_os import Child, Say, dies_at, dies_within, in_a_child, needs_fork, quick_folder
 from short_run import TWIN, Told, assert_open_to_all, assert_readable, assert_recovers, telling
 from store_runs import frame, pixels, start
 
@@ -26,6 +26,12 @@ from store.writer import Provenance
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "SHARD_BYTES", short_run.SHARD_BYTES)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with quick_folder() as made:
+        yield made
 
 
 def write_for_ever(path: Path, say: Say) -> None:
@@ -91,9 +97,9 @@ def test_kill_9_costs_nothing_acknowledged_often(tmp_path: Path) -> None:
 
 @needs_fork
 @pytest.mark.usefixtures("small_shards")
-def test_a_kill_at_any_file_operation_costs_nothing_acknowledged(tmp_path: Path) -> None:
+def test_a_kill_at_any_file_operation_costs_nothing_acknowledged(folder: Path) -> None:
     for number in itertools.count():
-        path = tmp_path / str(number)
+        path = folder / str(number)
         code, said = in_a_child(partial(short_run.write, path), dies_at(number))
         if code == 0:
             break
@@ -106,15 +112,15 @@ def test_a_kill_at_any_file_operation_costs_nothing_acknowledged(tmp_path: Path)
 
 @needs_fork
 @pytest.mark.usefixtures("small_shards")
-def test_a_kill_within_any_write_costs_nothing_acknowledged(tmp_path: Path) -> None:
+def test_a_kill_within_any_write_costs_nothing_acknowledged(folder: Path) -> None:
     """No system cuts a write of a page in two; should one do so, recovering makes good for it."""
     for number in itertools.count():
-        path = tmp_path / str(number)
-        code, said = in_a_child(partial(short_run.write, path), dies_at(number, by_half=True))
+        path = folder / str(number)
+        code, said = in_a_child(partial(short_run.write, path), dies_within(number))
         if code == 0:
             break
         assert_acknowledged_is_there(path, Told.of(said), open_to_all=False)
-    assert number > 100
+    assert number > 50
 
 
 def assert_acknowledged_is_there(path: Path, told: Told, *, open_to_all: bool) -> None:
