@@ -34,18 +34,17 @@ Progress = Callable[[int, int], None]
 
 def without_twin(run: Run, package_hash: str | None = None) -> set[int]:
     """Saved planes to refocus; with *package_hash* also those that another generator rejected."""
+    saved = (r.seq for r in run.records(Kind.RAW) if r.outcome == RawOutcome.SAVED)
+    return {seq for seq in saved if _is_open(run, run.record(seq, Kind.REFOCUS), package_hash)}
 
-    def open_for(record: Record | None) -> bool:
-        if record is None or record.outcome != RefocusOutcome.REJECTED:
-            return record is None or record.outcome != RefocusOutcome.REFOCUSED
+
+def _is_open(run: Run, record: Record | None, package_hash: str | None) -> bool:
+    if record is None:
+        return True
+    if record.outcome == RefocusOutcome.REJECTED:
         by = run.notes.generators.get(record.generator)
         return package_hash is not None and (by is None or by.package_hash != package_hash)
-
-    return {
-        record.seq
-        for record in run.records(Kind.RAW)
-        if record.outcome == RawOutcome.SAVED and open_for(run.record(record.seq, Kind.REFOCUS))
-    }
+    return record.outcome != RefocusOutcome.REFOCUSED
 
 
 def refocus_again(

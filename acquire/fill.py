@@ -57,7 +57,7 @@ class Filled:
     reasons: dict[str, int]
     """Why, of those rejected, failed and left."""
     generator: str
-    """Name, version and start of the hash; empty where there was nothing to do."""
+    """Name and version; empty where there was nothing to do."""
     full: str
     """Why the disk guard ended it; empty where it did not."""
     trouble: list[str]
@@ -131,7 +131,7 @@ def _settings_of(run: Run, section: str) -> dict[str, object]:
 def _channels(run: Run) -> dict[str, ChannelSettings]:
     """What was said of the run's channels; a newer Refocus may have said more."""
     return {
-        name: msgspec.convert({"modality": body.get("modality")}, ChannelSettings)
+        name: ChannelSettings(modality=body.get("modality"))
         for name, body in _settings_of(run, "channels").items()
         if isinstance(body, dict)
     }
@@ -157,7 +157,8 @@ class _Filling:
             closing.callback(writer.reseal)
             run = open_run(self._path)  # again: this time nobody else writes
             todo = without_twin(run, self._package.hash if tries_rejected else None)
-            intake, writing, engine = self._start(run, writer, todo, closing)
+            intake, writing = self._start_writing(run, writer, closing)
+            engine = self._start_engine(run, todo, intake, closing)
             left = todo
             while engine is not None:
                 refocus_again(
@@ -177,16 +178,15 @@ class _Filling:
                     break
         return _sum_up(open_run(self._path), todo, self._package, self._full, self._trouble.lines)
 
-    def _start(
-        self, run: Run, writer: RunWriter, todo: Set[int], closing: contextlib.ExitStack
-    ) -> tuple[Intake, Writing, EngineSide | None]:
-        """Everything behind the hook, as the recorder starts it, with the run's own scalings."""
-        acquire = self._settings.acquire
+    def _start_writing(
+        self, run: Run, writer: RunWriter, closing: contextlib.ExitStack
+    ) -> tuple[Intake, Writing]:
+        """Queues and writer's thread. No image comes in: the intake's own thread stays unstarted."""
         intake = Intake(
             run.notes.info.run_id if run.notes.info else "",
             raw_queue_bytes=0,
             raw_stall_ms=0,
-            slot_frames=acquire.refocus_slot_frames,
+            slot_frames=self._settings.acquire.refocus_slot_frames,
             on_trouble=self._trouble.tell,
         )
         writing = Writing(
@@ -200,18 +200,15 @@ class _Filling:
         )
         closing.callback(writing.join)
         closing.callback(intake.close)
-        intake.start()
-        settings = msgspec.structs.replace(
-            self._settings,
-            channels=_channels(run),
-            engine=msgspec.structs.replace(
-                self._settings.engine, generator=str(self._package.folder)
-            ),
-        )
-        scalings = {
-            name: Scaling(line.offset, line.scale) for name, line in run.notes.scalings.items()
-        }
-        engine = None
+        return intake, writing
+
+    def _start_engine(
+        self, run: Run, todo: Set[int], intake: Intake, closing: contextlib.ExitStack
+    ) -> EngineSide | None:
+        """Link and worker with the run's own scalings; None, and told, where they cannot start."""
+        wanted = msgspec.structs.replace(self._settings.engine, generator=str(self._package.folder))
+        settings = msgspec.structs.replace(self._settings, channels=_channels(run), engine=wanted)
+        noted = run.notes.scalings.items()
         try:
             engine = start_engine(
                 settings,
@@ -219,14 +216,14 @@ class _Filling:
                 self._path,
                 _first_shape(run, todo),
                 self._trouble.tell,
-                scalings=scalings,
+                scalings={name: Scaling(line.offset, line.scale) for name, line in noted},
             )
         except (EngineError, OSError) as error:
             self._trouble.tell(f"nothing can be refocused: {error}")
+            engine = None
         if engine is not None:
             closing.callback(engine.close)
-        closing.callback(intake.end)
-        return intake, writing, engine
+        return engine
 
     def _disk_full(self, reason: str) -> None:
         self._full = self._full or reason

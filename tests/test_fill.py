@@ -178,6 +178,18 @@ def test_a_run_without_its_generator_says_so(tmp_path: Path, negated: Package) -
     assert fill(path, settings(), generator=str(tmp_path / "elsewhere")).filled == 2
 
 
+def test_what_the_generator_fails_on_is_tried_again(tmp_path: Path, negated: Package) -> None:
+    path = tmp_path / "run"
+    broken = identity_package.make(tmp_path / "broken", name="broken", answer="nan")
+    make_run(path, broken, times(3))
+    for _ in range(2):
+        filled = fill(path, settings())
+        assert (filled.planes, filled.filled, filled.failed) == (3, 0, 3)
+    (reason,) = filled.reasons
+    assert "finite" in reason
+    assert fill(path, settings(), generator=str(negated.folder)).filled == 3
+
+
 def test_a_damaged_raw_plane_fails_alone(tmp_path: Path, negated: Package) -> None:
     path = tmp_path / "run"
     make_run(path, negated, times(4))
