@@ -85,8 +85,10 @@ def flip(path: Path, byte: int) -> None:
 
 DAMAGE: list[tuple[Callable[[Path], object], int, str]] = [
     (lambda run: flip(plane(run), 100), 1, "does not fit its checksum"),
-    (lambda run: plane(run).unlink(), 1, "not there any more"),
-    (lambda run: plane(run).write_bytes(b"short"), 1, "5 bytes, a plane has"),
+    (lambda run: plane(run).unlink(), 4, "not there any more"),
+    (lambda run: plane(run).write_bytes(b"short"), 4, "not there any more"),
+    (lambda run: flip(plane(run), -20), 0, "4 acknowledged planes are hidden"),
+    (lambda run: (run / "OME/METADATA.ome.xml").write_text("<"), 0, "not as it should be"),
     (lambda run: (run / "0/0/zarr.json").write_text("{"), 4, "cannot be read as a run's array"),
     (lambda run: flip(plane(run, 1), 0), 0, "does not fit its checksum"),
     (lambda run: (run / "1/zarr.json").unlink(), 0, "not a valid OME-Zarr"),
@@ -143,9 +145,9 @@ def test_torn_tails_are_said_and_are_no_loss(run: Path) -> None:
     report = check(run)
     assert not report.findings
     assert report.remarks == (
-        "the last record is torn (4 bytes); it acknowledged nothing",
-        "the last line of frames.jsonl is torn; what it spoke of was never acknowledged",
-        "the last line of run.jsonl is torn; what it spoke of was never acknowledged",
+        "outcomes.bin: the last record is torn (4 bytes); it acknowledged nothing",
+        "frames.jsonl: its end is torn (4 bytes); what it spoke of was never acknowledged",
+        "run.jsonl: its end is torn (4 bytes); what it spoke of was never acknowledged",
     )
 
 

@@ -188,7 +188,8 @@ def test_recovering_on_a_full_disk_says_so_and_goes_on_when_there_is_room(
 
 def rewrite(path: Path, keep: Callable[[bytes], bool]) -> None:
     """Leave out the lines that are not to be kept."""
-    path.write_bytes(b"".join(filter(keep, path.read_bytes().splitlines(keepends=True))))
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(line for line in lines if keep(line)))
 
 
 @pytest.mark.parametrize("lost", ["pair", "pair and frames", "pair and metadata", "frames"])
