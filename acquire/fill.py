@@ -181,7 +181,7 @@ class _Filling:
     def _start_writing(
         self, run: Run, writer: RunWriter, closing: contextlib.ExitStack
     ) -> tuple[Intake, Writing]:
-        """Queues and writer's thread. No image comes in: the intake's own thread stays unstarted."""
+        """Queues and writer's thread. No image comes in: the intake needs no thread of its own."""
         intake = Intake(
             run.notes.info.run_id if run.notes.info else "",
             raw_queue_bytes=0,
