@@ -106,6 +106,8 @@ def _wrong(run: Run, faults: Faults) -> Iterator[str]:
     for index in faults.indices:
         if index.hidden or not index.unknown:
             yield f"{index.path.relative_to(run.path)}: {index}; run `refocus recover`"
+    for path in faults.strays:
+        yield f"{path.relative_to(run.path)}: a plane that nobody vouches for"
     if run.notes.seal is None:  # shapes run ahead until then, and names and steps lag behind
         return
     for path, _ in faults.metadata:

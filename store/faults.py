@@ -21,6 +21,7 @@ import numpy as np
 from refocus.errors import RunError
 from refocus.frame import Pixels, RawOutcome
 from store import metadata, ome
+from store.layout import image_dir
 from store.metadata import PairImages
 from store.reader import Run, place_of
 from store.rebuild import Rebuilt
@@ -58,6 +59,8 @@ class Faults(NamedTuple):
     metadata: list[tuple[Path, bytes]]
     """Files that are missing or say something else, and what they should hold, in the order in
     which to write them."""
+    strays: list[Path]
+    """Planes with a file of their own that nobody acknowledged, or that are lost."""
     leftovers: list[Path]
     """Files and folders that nothing needs."""
 
@@ -74,6 +77,7 @@ def find_faults(run: Run, pairs: Sequence[Rebuilt]) -> Faults:
     return Faults(
         indices=[*_index_faults(files, slots, blank)],
         metadata=[*metadata.differing(run.path, shown)],
+        strays=_strays(run, pairs),
         leftovers=sorted(leftovers, reverse=True),  # what is in a folder before the folder
     )
 
@@ -134,13 +138,35 @@ def _index_faults(
             yield IndexFault(path, grid, frozenset(wanted), missing, len(found - wanted))
 
 
+def _strays(run: Run, pairs: Sequence[Rebuilt]) -> list[Path]:
+    """In arrays without shards every file is a plane that other programs see."""
+    arrays = [array for rebuilt in pairs for array in rebuilt.arrays]
+    flat = [array.grid is None and not array.is_foreign for array in arrays]
+    files = {
+        path
+        for array, is_flat in zip(arrays, flat, strict=True)
+        if is_flat
+        for path in array.shard_files()
+    }
+    if files:
+        for record in acknowledged(run):
+            files.discard(arrays[record.image].shard_path(record.t, record.c, record.z))
+    return sorted(files)
+
+
 def _unused_images(run: Run, pairs: int) -> Iterator[Path]:
-    """Images that were begun and never listed; without any image, the lists of images too."""
-    for path in run.path.iterdir():
-        if path.name.isdecimal() and int(path.name) >= 2 * pairs and not [*path.glob("0/c*")]:
+    """The next pair, where it was begun and never listed; without a pair, the lists of images."""
+    for image in (2 * pairs, 2 * pairs + 1):
+        path = image_dir(run.path, image)
+        if path.is_dir() and all(_is_ours(inner) for inner in path.rglob("*")):
             yield path
     if not pairs:
         yield from (run.path / name for name in ("OME", "zarr.json") if (run.path / name).exists())
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether it is what a writer makes of an image before its first plane."""
+    return path.name in ("0", "zarr.json") or path.name.endswith(".partial")
 
 
 def _shown(run: Run, rebuilt: Rebuilt) -> PairImages:

@@ -85,33 +85,38 @@ def recover(
     """
     if not is_run(path):
         raise RunError(f"{path}: not a run (it has no folder journal); give a run's folder")
+    lock = None
     try:
-        with contextlib.ExitStack() as held:
-            lock = WriterLock(journal_dir(path) / LOCK)
-            held.callback(lock.release)
-            if is_unborn(journal_dir(path)):
-                return Recovery(state=State.EMPTY, counts=open_run(path).counts, lost=0, done=())
-            tails = torn_tails(journal_dir(path))
-            for tail in tails:
-                cut(tail)
-            run = open_run(path)
-            work = _Work(path, Journal.reopen(journal_dir(path), lock, run.all_records.count))
-            held.callback(work.close)
-            work.tell(tails)
-            pairs = rebuild(run)
-            if work.book(run, pairs, verify, progress):
-                run = open_run(path)
-                pairs = rebuild(run)
-            work.mend_files(run, pairs)
-            if work.seal(run, pairs):
-                run = open_run(path)
+        lock = WriterLock(journal_dir(path) / LOCK)
+        if is_unborn(journal_dir(path)):
+            return Recovery(state=State.EMPTY, counts=open_run(path).counts, lost=0, done=())
+        return _recover(path, lock, verify, progress)
     except OSError as error:
         raise RunError(f"{path}: not recovered ({error}); see to it and run it again") from error
-    lost = (
-        sum(tail.damaged_records for tail in tails)
-        + len(run.damaged_records)
-        + _superseded_planes(run)
-    )
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _recover(path: Path, lock: WriterLock, verify: bool, progress: Progress) -> Recovery:
+    tails = torn_tails(journal_dir(path))
+    for tail in tails:
+        cut(tail)
+    run = open_run(path)
+    with contextlib.closing(
+        Journal.reopen(journal_dir(path), lock, run.all_records.count)
+    ) as journal:
+        work = _Work(path, journal)
+        work.tell(tails)
+        pairs = rebuild(run)
+        if work.book(run, pairs, verify, progress):
+            run = open_run(path)
+            pairs = rebuild(run)
+        work.mend_files(run, pairs)
+        if work.seal(run, pairs):
+            run = open_run(path)
+    cut_off = sum(tail.damaged_records for tail in tails)
+    lost = cut_off + len(run.damaged_records) + _superseded_planes(run)
     return Recovery(state=run.state, counts=run.counts, lost=lost, done=tuple(work.done))
 
 
@@ -123,10 +128,6 @@ class _Work:
         self._path = path
         self._journal = journal
         self._changed: set[Path] = set()
-
-    def close(self) -> None:
-        """Close the journal, and with it give the lock back."""
-        self._journal.close()
 
     def tell(self, tails: list[Tail]) -> None:
         """Say which ends of the journal were cut."""
@@ -171,6 +172,9 @@ class _Work:
             disk.make_folders(path.parent)
             disk.replace_file(path, content)
             self._touched(path)
+        for path in faults.strays:
+            disk.rename(path, path.with_name(f"lost.{path.name}"))
+            self._touched(path.parent)
         for path in faults.leftovers:
             _remove(path)
             self._changed.add(path.parent)
@@ -185,6 +189,9 @@ class _Work:
         is_right = seal is not None and (seal.saved, seal.failed) == (counts.saved, counts.failed)
         if is_right and not self.done:
             return False
+        if seal is None:
+            for path in (*self._path.rglob("zarr.json"), *self._path.rglob("METADATA.ome.xml")):
+                self._touched(path)
         volatile = [record for record in acknowledged(run) if not run.is_durable(record)]
         for path in slots_by_shard(volatile, pairs):
             self._touched(path)
@@ -209,18 +216,20 @@ class _Work:
     def _describe_arrays(self, pairs: list[Rebuilt]) -> None:
         """Write the zarr.json of arrays that cannot be read, or are too short for their planes."""
         for rebuilt in (rebuilt for rebuilt in pairs if rebuilt.known):
-            t, c, z = (length - 1 for length in rebuilt.pair.extent)
+            extent = rebuilt.pair.extent
             for twin, array in enumerate(rebuilt.arrays):
                 folder = array_dir(self._path, 2 * rebuilt.pair.number + twin)
                 with contextlib.suppress(RunError):
-                    if PlaneArray.open(folder).holds(t, c, z):
+                    found = PlaneArray.open(folder)
+                    is_same = found.resized(folder, *extent).zarr_json() == array.zarr_json()
+                    if is_same and found.holds(*(length - 1 for length in extent)):
                         continue
                 disk.make_folders(folder)
                 disk.replace_file(folder / "zarr.json", array.zarr_json())
                 self._touched(folder / "zarr.json")
                 self.done.append(
-                    f"{folder.relative_to(self._path)}: its zarr.json was missing, damaged or too "
-                    "short: written"
+                    f"{folder.relative_to(self._path)}: its zarr.json was missing, damaged or "
+                    "hid planes: written"
                 )
 
     def _say(self, count: int, what: str) -> None:
@@ -258,6 +267,8 @@ def _words(run: Path, faults: Faults) -> Iterator[str]:
         names = [str(path.relative_to(run)) for path, _ in faults.metadata]
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         yield f"{', '.join(names[:4])}{more}: missing or not as the planes are: written"
+    for path in faults.strays:
+        yield f"{path.relative_to(run)}: a plane that nobody vouches for: now lost.{path.name}"
     for path in faults.leftovers:
         yield f"{path.relative_to(run)}: nothing needs it: removed"
 

@@ -5,6 +5,7 @@ plane is asked for while the checksum of this one is computed.
 """
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Iterator
 from io import FileIO
@@ -25,6 +26,8 @@ Progress = Callable[[int, int], None]
 
 GONE = "is not there any more"
 DAMAGED = "does not fit its checksum; its pixels are damaged"
+OUTSIDE = "lies outside its array's shape, where no other program sees it"
+UNREADABLE = "cannot be read"
 
 
 class LostPlane(NamedTuple):
@@ -32,10 +35,12 @@ class LostPlane(NamedTuple):
 
     record: Record
     reason: str
+    """One of the above."""
+    detail: str = ""
 
     def __str__(self) -> str:
-        r = self.record
-        return f"frame {r.seq}: plane {r.image}/t{r.t}/c{r.c}/z{r.z} {self.reason}"
+        r, detail = self.record, f" ({self.detail})" if self.detail else ""
+        return f"frame {r.seq}: plane {r.image}/t{r.t}/c{r.c}/z{r.z} {self.reason}{detail}"
 
 
 def acknowledged(run: Run) -> list[Record]:
@@ -58,15 +63,21 @@ def lost_planes(
     """Read every acknowledged plane; yields those that are not what was acknowledged.
 
     *trust_durable*: of planes that survive a power cut only see whether their file is long enough.
+    Raises OSError where it is not the disk that fails (no right to read, no descriptor left).
     """
     records = sorted(acknowledged(run), key=lambda r: (r.image, r.c, r.t, r.z))
     reader = _SlotReader()
     try:
         for done, record in enumerate(records, start=1):
             trusted = trust_durable and run.is_durable(record)
-            reason = _fault(run, record, reader, trusted=trusted)
+            try:
+                reason, detail = _fault(run, record, reader, trusted=trusted), ""
+            except (RunError, OSError) as error:
+                if isinstance(error, OSError) and error.errno != errno.EIO:
+                    raise
+                reason, detail = UNREADABLE, str(error)
             if reason:
-                yield LostPlane(record, reason)
+                yield LostPlane(record, reason, detail)
             progress(done, len(records))
     finally:
         reader.close()
@@ -74,19 +85,16 @@ def lost_planes(
 
 def _fault(run: Run, record: Record, reader: "_SlotReader", *, trusted: bool) -> str:
     """What is wrong with a plane; empty where nothing is."""
-    try:
-        array = run.array(record.image)
-        if array.grid is None:
-            return "" if trusted else _fault_by_zarr(array, record)
-        if not array.holds(record.t, record.c, record.z):
-            return f"lies outside the shape {array.shape}, where no other program sees it"
-        reader.open(array, record)
-        slot = array.grid.slot(record.t, record.z)
-        if trusted:
-            return "" if reader.reaches(array.grid, slot) else GONE
-        found = reader.crc32c(array.grid, slot)
-    except (RunError, OSError) as error:
-        return f"cannot be read ({error})"
+    array = run.array(record.image)
+    if not array.holds(record.t, record.c, record.z):
+        return OUTSIDE
+    if array.grid is None:
+        return "" if trusted else _fault_by_zarr(array, record)
+    reader.open(array, record)
+    slot = array.grid.slot(record.t, record.z)
+    if trusted:
+        return "" if reader.reaches(array.grid, slot) else GONE
+    found = reader.crc32c(array.grid, slot)
     if found is None:
         return GONE
     return "" if found == record.plane_crc32c else DAMAGED

@@ -146,6 +146,19 @@ def test_metadata_that_are_gone_or_torn_are_written_again(sealed: Path, name: st
         assert (sealed / name).read_bytes() == before[Path(name)]
 
 
+@pytest.mark.parametrize("name", ARRAYS)
+@pytest.mark.parametrize(("right", "wrong"), [("uint16", "uint8"), ("37", "36"), ("5,", "1,")])
+def test_an_array_that_says_something_else_hides_no_plane(
+    sealed: Path, name: str, right: str, wrong: str
+) -> None:
+    path = sealed / name
+    before = path.read_text()
+    path.write_text(before.replace(right, wrong))
+    assert recover(sealed).lost == 0
+    assert path.read_text() == before
+    assert_recovers(sealed)
+
+
 @pytest.mark.parametrize("content", TORN.values(), ids=TORN)
 def test_all_metadata_at_once(sealed: Path, killed: Path, content: bytes) -> None:
     wanted = {name: (sealed / name).read_bytes() for name in METADATA}
@@ -322,3 +335,22 @@ def test_notes_after_the_seal_stay(sealed: Path) -> None:
     assert not recover(sealed).done
     assert snapshot(sealed) == before
     assert open_run(sealed).notes.events[-1] == EventLine(1, "x", {})
+
+
+def test_a_run_without_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on exFAT: every file is a plane that other programs see."""
+    monkeypatch.setattr(disk, "has_sparse_files", lambda folder: False)
+    run = start(tmp_path / "run")
+    for seq in range(3):
+        run.write_raw(frame(seq, {"time": seq}), {})
+    path = Path(shutil.copytree(tmp_path / "run", tmp_path / "killed"))
+    run.close(complete=True, expected_frames=3)
+    flip(path / "0/0/c.0.0.0.0.0", 9)
+    (path / "0/0/c.2.0.0.0.0").unlink()
+    shutil.copy(path / "0/0/c.1.0.0.0.0", path / "0/0/c.5.0.0.0.0")
+    (path / "0/0/zarr.json").unlink()
+    assert recover(path).lost == 2
+    run_found = assert_recovers(path)
+    assert short_run.planes(run_found).keys() == {(Kind.RAW, 1)}
+    names = sorted(found.name for found in (path / "0/0").iterdir())
+    assert names == ["c.1.0.0.0.0", "lost.c.0.0.0.0.0", "lost.c.5.0.0.0.0", "zarr.json"]
