@@ -85,7 +85,7 @@ def test_a_reader_that_polls_a_live_run_shows_no_wrong_pixel(tmp_path: Path, nam
 def test_a_reader_that_polls_live_runs_shows_no_wrong_pixel(tmp_path: Path, name: str) -> None:
     with library(name) as read:
         for number in range(20):
-            poll(tmp_path / str(number), read, times=200)
+            poll(tmp_path / str(number), read, times=100)
             shutil.rmtree(tmp_path / str(number))
 
 
