@@ -5,8 +5,8 @@ journal's lines, then its records. So a record that is durable speaks of a plane
 `durable` counts the records of which that is true; the journal keeps marks of it, so `refocus
 recover` knows which planes a power cut cannot have touched.
 
-Nothing that acknowledges a plane waits for this. Three quarters of a second between two rounds, and what a round
-takes, is what a power cut may cost.
+Nothing that acknowledges a plane waits for this. Three quarters of a second between two rounds, and
+what a round takes, is what a power cut may cost.
 
 A disk that fails while it syncs may have dropped what it was given, and would not say so a second
 time. From then on nothing counts as durable, and `trouble` says why.
