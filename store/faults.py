@@ -9,6 +9,7 @@ written to it, which is what a writer makes ahead. What is damaged, or was never
 still tell somebody something; it is out of the index, and that is enough.
 """
 
+import contextlib
 import errno
 import os
 from collections import defaultdict
@@ -126,16 +127,15 @@ def _index_faults(
         if path in blank:
             continue
         wanted = slots.get(path, set())
-        try:
+        index = None
+        with contextlib.suppress(OSError):
             index = read_index(path, grid)
-        except OSError:
+        if index is None:  # other programs take for an index what is none
             yield IndexFault(path, grid, frozenset(wanted), len(wanted), 0)
-            continue
-        found = set() if index is None else slots_of(index)
-        right = index is not None and np.array_equal(index, grid.index_of(wanted))
-        if not right and (wanted or found):
-            missing = len(wanted - found)
-            yield IndexFault(path, grid, frozenset(wanted), missing, len(found - wanted))
+        elif not np.array_equal(index, grid.index_of(wanted)):
+            found = slots_of(index)
+            hidden, unknown = len(wanted - found), len(found - wanted)
+            yield IndexFault(path, grid, frozenset(wanted), hidden, unknown)
 
 
 def _strays(run: Run, pairs: Sequence[Rebuilt]) -> list[Path]:
