@@ -1,0 +1,304 @@
+"""What a power cut leaves: all that was synced, and of the rest any part, in any order.
+
+The file operations of a run's life are recorded. A cut then falls after any of them: files are as
+they were when last synced, and each write since then is there, missing, or there in some sectors
+only; a folder's names are those of its last sync, or any they have had since. From whatever that
+gives, `recover` must make a run in which every durable plane is there and none is wrong.
+"""
+
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import short_run
+from faulty_os import Call, FaultyOs, quick_folder
+from short_run import TWIN, assert_open_to_all, assert_readable, planes
+from store_runs import pixels
+
+from refocus.errors import RunError
+from store import disk, durable, shards
+from store.durable import Durability
+from store.reader import State, open_run
+from store.records import Kind, Record, read_records
+from store.recover import recover
+from store.writer import Provenance, RunWriter
+
+SECTOR = 512
+SYNCS = ("fsync", "fdatasync")
+
+
+@dataclass
+class File:
+    """Bytes that are on the disk for sure, and what was done to them since."""
+
+    synced: bytes = b""
+    since: list[tuple[int, bytes | None]] = field(default_factory=list)
+    """(offset, bytes written), or (length, None) where it was cut."""
+
+    def sync(self) -> None:
+        """All of it is on the disk."""
+        self.synced, self.since = self.content(lambda data: [True] * len(data)), []
+
+    def after_a_cut(self, chance: random.Random, kept: float) -> bytes:
+        """What may be found: of the writes since the last sync every sector with luck *kept*."""
+        whole = chance.random() < 0.5  # writes are there or not; otherwise sectors are
+
+        def keep(sectors: list[int]) -> list[bool]:
+            luck = chance.random() < kept
+            return [luck if whole else chance.random() < kept for _ in sectors]
+
+        return self.content(keep)
+
+    def content(self, keep: Callable[[list[int]], list[bool]]) -> bytes:
+        """Its bytes, with those sectors of each write that *keep* says; the others stay as before.
+
+        A sector that was never on the disk and is not kept reads as zeros, as a hole does.
+        """
+        found = bytearray(self.synced)
+        for offset, data in self.since:
+            if data is None:
+                if all(keep([offset])):
+                    del found[offset:]
+                continue
+            ends = [*range(SECTOR - offset % SECTOR, len(data), SECTOR), len(data)]
+            starts = [0, *ends[:-1]]
+            for start, end, there in zip(starts, ends, keep(starts), strict=True):
+                if there:
+                    found += bytes(max(0, offset + end - len(found)))
+                    found[offset + start : offset + end] = data[start:end]
+        return bytes(found)
+
+
+class Disk:
+    """A file system that follows recorded calls, and knows what of it a cut would leave."""
+
+    def __init__(self) -> None:
+        self._names: dict[Path, list[File | str | None]] = {}
+        """What a path may be after a cut: a file, "folder" or nothing; the last is the newest."""
+
+    def follow(self, call: Call) -> None:
+        """Do what the call did."""
+        path = call.path
+        match call.name:
+            case "open" if self._newest(path) is None:
+                self._name(path, File())
+            case "open":
+                self._file(path).since.append((0, None))
+            case "pwrite":
+                self._file(path).since.append((call.args[2], call.args[1]))
+            case "ftruncate":
+                self._file(path).since.append((call.args[1], None))
+            case "mkdir":
+                self._name(path, "folder")
+            case "unlink":
+                self._name(path, None)
+            case "replace":
+                self._name(path, self._newest(Path(call.args[0])))
+                self._name(Path(call.args[0]), None)
+            case "fsync" | "fdatasync" if isinstance(self._newest(path), File):
+                self._file(path).sync()
+            case "fsync":
+                for name in self._names:
+                    if name.parent == path:
+                        self._names[name] = self._names[name][-1:]
+            case other:
+                raise AssertionError(f"{other}({path}) is not known here")
+
+    def leave(self, before: Path, after: Path, chance: random.Random) -> None:
+        """Make the folder *after* what a cut may leave of the folder *before*."""
+        kept = chance.choice((0.0, 0.5, 0.9, 1.0))
+        for path, states in sorted(self._names.items()):
+            found = states[-1] if chance.random() < kept else chance.choice(states)
+            target = after / path.relative_to(before)
+            if found is None or not target.parent.is_dir():
+                continue
+            if isinstance(found, File):
+                target.write_bytes(found.after_a_cut(chance, kept))
+            else:
+                target.mkdir()
+
+    def _newest(self, path: Path) -> File | str | None:
+        return self._names.get(path, [None])[-1]
+
+    def _name(self, path: Path, what: File | str | None) -> None:
+        self._names.setdefault(path, [None]).append(what)
+
+    def _file(self, path: Path) -> File:
+        file = self._newest(path)
+        assert isinstance(file, File), path
+        return file
+
+
+@dataclass
+class Life:
+    """What was done to the disk while a run was written, sealed, reopened and sealed again."""
+
+    path: Path
+    calls: list[Call] = field(default_factory=list)
+    durable: list[tuple[int, int]] = field(default_factory=list)
+    """(calls before, durable records) at the end of every round of syncing."""
+    sealed: list[int] = field(default_factory=list)
+    """Calls before each seal was told."""
+
+    def durable_planes(self, calls: int) -> dict[tuple[Kind, int], Record]:
+        """Planes that must survive a cut after so many calls."""
+        records = max((count for before, count in self.durable if before <= calls), default=0)
+        numbered = read_records(self.path / "journal" / "outcomes.bin").numbered()
+        return {
+            (Kind(record.kind), record.seq): record
+            for number, record in numbered
+            if number < records and record.has_plane
+        }
+
+    def cut(self, folder: Path, calls: int, chance: random.Random) -> Path:
+        """The run as a cut after so many calls may leave it, in *folder*."""
+        left = Disk()
+        for call in self.calls[:calls]:
+            left.follow(call)
+        found = folder / "run"
+        (found / "journal").mkdir(parents=True)
+        (found / "journal" / "writer.lock").touch()
+        left.leave(self.path, found, chance)
+        return found
+
+
+class Recorder:
+    """Answers the calls of a life, and lets rounds of syncing fall anywhere among them."""
+
+    def __init__(self, life: Life, chance: random.Random) -> None:
+        self._life = life
+        self._chance = chance
+        self._recorded = threading.Condition()
+        self._wanted = 0
+        self._syncing = False
+        self.between: list[Durability] = []
+        """Whose rounds come between two calls, while the writer waits; else they come beside it."""
+
+    def __call__(self, call: Call) -> Any:
+        """Do the call and write it down."""
+        if threading.current_thread().name == "refocus-durable":
+            self._wait_for_the_writer()
+        elif self.between and not self._syncing and self._chance.random() < 0.03:
+            self.between[-1].sync()
+        with self._recorded:
+            answer = call.do()
+            if call.writes:
+                written = bytes(call.args[1][:answer])
+                call = Call(call.number, call.name, call.path, (0, written, call.args[2]))
+            self._life.calls.append(call)
+            self._recorded.notify_all()
+        return answer
+
+    def _wait_for_the_writer(self) -> None:
+        """Some calls of its own come between two of a round, unless it is about to wait itself."""
+        with self._recorded:
+            self._recorded.wait_for(lambda: len(self._life.calls) >= self._wanted, timeout=0.02)
+            self._wanted = len(self._life.calls) + self._chance.randrange(6)
+
+    def round(self, whole_round: Callable[[Durability], None], durability: Durability) -> None:
+        """A round of syncing."""
+        self._syncing = True
+        whole_round(durability)
+        self._syncing = False
+        with self._recorded:
+            self._life.durable.append((len(self._life.calls), durability.durable))
+
+
+@pytest.fixture(scope="module", params=["between 0", "between 1", "beside 2", "beside 3"])
+def life(request: pytest.FixtureRequest) -> Iterator[Life]:
+    """A run's life, with rounds of syncing between its file operations, or beside them."""
+    how, seed = request.param.split()
+    with quick_folder() as folder, pytest.MonkeyPatch.context() as patch:
+        recorded = Life(folder / "run")
+        recorder = Recorder(recorded, random.Random(int(seed)))
+        whole_round = Durability.sync
+        patch.setattr(Durability, "sync", lambda self: recorder.round(whole_round, self))
+        if how == "between":
+            patch.setattr(Durability, "start", lambda self: recorder.between.append(self))
+        patch.setattr(durable, "PAUSE_S", 0.001)
+        patch.setattr(shards, "SHARD_BYTES", short_run.SHARD_BYTES)
+        patch.setattr(disk, "os", FaultyOs(recorder))
+        short_run.write(recorded.path, partial(note_seal, recorded))
+        write_missing_twins(recorded.path)
+        recorded.sealed.append(len(recorded.calls))
+        patch.setattr(disk, "os", os)
+        yield recorded
+
+
+def note_seal(life: Life, line: str) -> None:
+    if line == "sealed":
+        life.sealed.append(len(life.calls))
+
+
+def write_missing_twins(path: Path) -> None:
+    run = RunWriter.reopen(path)
+    generator = run.note_generator("hash", "identity", "2", "numpy")
+    for seq in range(1, len(short_run.FRAMES), 3):
+        run.write_refocused(seq, pixels(TWIN + seq), Provenance(generator=generator, latency_ns=1))
+    run.reseal()
+
+
+@pytest.fixture(autouse=True)
+def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recovering need not wait for the disk here."""
+    monkeypatch.setattr(disk, "sync", lambda path: None)
+
+
+def test_the_recorded_life_is_one(life: Life) -> None:
+    """With all of it kept, the recorded calls give the run as it is."""
+    first_round = life.calls[: life.durable[0][0]]
+    synced = {call.path for call in first_round if call.name == "fsync"}
+    assert {life.path.parent, life.path, life.path / "journal"} <= synced
+    assert len(life.durable) > 4
+    with quick_folder() as folder:
+        found = life.cut(folder, len(life.calls), Keeps())
+        assert short_run.snapshot(found) == short_run.snapshot(life.path)
+    assert len(planes(open_run(life.path))) == 2 * len(short_run.FRAMES)
+
+
+class Keeps(random.Random):
+    """Luck under which nothing is lost."""
+
+    def random(self) -> float:
+        return 0.0
+
+    def choice(self, seq: Any) -> Any:
+        return seq[-1]
+
+
+@pytest.mark.parametrize("cuts", [60, pytest.param(1500, marks=pytest.mark.long)])
+@pytest.mark.timeout(900)
+def test_after_a_cut_at_any_moment_what_was_durable_is_there_and_nothing_is_wrong(
+    life: Life, cuts: int
+) -> None:
+    for number in range(cuts):
+        chance = random.Random(number)
+        calls = chance.randrange(len(life.calls))
+        with quick_folder() as folder:
+            found = life.cut(folder, calls, chance)
+            safe = life.durable_planes(calls)
+            try:
+                recover(found, verify=chance.random() < 0.5)
+            except RunError:
+                assert not safe, f"cut {number} after {calls} calls"
+                continue
+            shown = planes(assert_readable(found, safe))
+            assert shown.items() >= safe.items()
+            assert_open_to_all(found, exactly=True)
+            assert not recover(found).done
+
+
+@pytest.mark.parametrize("cuts", [5, pytest.param(50, marks=pytest.mark.long)])
+def test_a_sealed_run_needs_no_recovering_after_a_cut(life: Life, cuts: int) -> None:
+    for calls, number in ((calls, number) for calls in life.sealed for number in range(cuts)):
+        with quick_folder() as folder:
+            found = life.cut(folder, calls, random.Random(number))
+            assert open_run(found).state == State.COMPLETE
+            assert len(planes(assert_readable(found, life.durable_planes(calls)))) >= 6
+            assert_open_to_all(found, exactly=True)
