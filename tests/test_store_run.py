@@ -79,7 +79,7 @@ def test_valid_and_readable_after_every_plane_of_an_awkward_run(tmp_path: Path) 
 
     finished = open_run(path)
     assert finished.state == State.COMPLETE
-    for kind in Kind:
+    for kind in (Kind.RAW, Kind.REFOCUS):
         for record in finished.records(kind):
             wanted = pixels(record.seq, *form(record.seq))[:: 1 if kind == Kind.RAW else -1]
             place = record.image, record.t, record.c, record.z
