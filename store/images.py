@@ -22,10 +22,10 @@ from typing import NamedTuple
 from refocus.frame import FrameHeader, Pixels
 from store import disk, levels, ome
 from store.layout import Pair, Place, array_dir, image_dir, journal_dir
+from store.metadata import PairImages
 from store.planes import PlaneArray
 from store.shards import Shards
 
-RAW, REFOCUSED = "raw", "refocused"
 GUESSED_STACK = 16
 """Planes of a stack, where the first frame has a z and nobody said how many follow."""
 
@@ -54,19 +54,9 @@ class _PairOnDisk:
 
     def images(self) -> tuple[ome.Image, ome.Image]:
         """Both images as they are now."""
-        first = 2 * self.pair.number
-        return self._image(first, RAW, self.raw), self._image(first + 1, REFOCUSED, self.refocused)
-
-    def _image(self, number: int, what: str, array: PlaneArray) -> ome.Image:
-        return ome.Image(
-            number=number,
-            name=f"{self.pair.name} {what}".strip(),
-            shape=array.shape,
-            dtype=self.pair.form.dtype,
-            channels=self.channels,
-            pixel_um=self.pair.form.pixel_um,
-            z_step_um=self.z_step_um,
-        )
+        return PairImages(
+            self.pair, self.raw, self.refocused, self.channels, self.z_step_um
+        ).images()
 
 
 class Images:

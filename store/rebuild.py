@@ -14,10 +14,8 @@ from typing import NamedTuple
 from refocus.errors import RunError
 from refocus.frame import FrameHeader, RawOutcome
 from store import metadata
-from store.journal import PairLine
 from store.layout import (
     KNOWN_AXES,
-    AxisValue,
     Form,
     Pair,
     Place,
@@ -80,58 +78,62 @@ def rebuild(run: Run) -> list[Rebuilt]:
 def _rebuild(run: Run, number: int, planes: list[_Plane]) -> Rebuilt:
     found = _open(run, 2 * number), _open(run, 2 * number + 1)
     line = run.notes.pairs.get(number)
-    header = next((plane.header for plane in planes if plane.header), None)
-    position: AxisValue | None = None
-    segment, further, form = 0, dict[str, AxisValue](), _form_on_disk(run, number, found)
-    if line is not None:
-        position, segment, further = line.position, line.segment, line.further
-        form = Form(line.shape, line.dtype, line.pixel_um)
-    elif header is not None:
-        position, segment = header.axes.get("position"), header.segment
-        further = {key: value for key, value in header.axes.items() if key not in KNOWN_AXES}
-        run_pixel_um = run.notes.info.pixel_um if run.notes.info else None
-        form = Form(header.shape, header.dtype, header.pixel_um or run_pixel_um)
-    pair = Pair(number, position, segment, further, form or _NOTHING)
+    pair = _pair(run, number, found, planes)
     for plane in planes:
         pair.take(plane.place)
         if plane.header is not None:
             pair.note_height(plane.place.z, plane.header)
     pair.channel_names += _channel_names(run, pair, line.channels if line else [], planes)
-    raw, refocused = (_array(run, pair, twin, found, line) for twin in (0, 1))
+    raw, refocused = (_array(run, pair, twin, found) for twin in (0, 1))
     known = raw is not None and refocused is not None
     if raw is None or refocused is None:
         raw = refocused = PlaneArray.unwritten(run.path, pair.form.shape, pair.form.dtype, None)
-    told = line is not None and line.channels == pair.channel_names
     extent = pair.extent
     return Rebuilt(
-        pair,
-        raw.resized(array_dir(run.path, 2 * number), *extent),
-        refocused.resized(array_dir(run.path, 2 * number + 1), *extent),
-        known,
-        told,
+        pair=pair,
+        raw=raw.resized(array_dir(run.path, 2 * number), *extent),
+        refocused=refocused.resized(array_dir(run.path, 2 * number + 1), *extent),
+        known=known,
+        told=line is not None and line.channels == pair.channel_names,
     )
 
 
-def _array(
-    run: Run, pair: Pair, twin: int, found: _Found, line: PairLine | None
-) -> PlaneArray | None:
-    """What an array of the pair is: by its own zarr.json, its twin's, the journal; else None."""
-    own, other = found[twin], found[1 - twin]
-    if own is not None and _fits(own, pair.form):
-        return own
-    # The twin's tells only where both are compressed, or neither is.
+def _pair(run: Run, number: int, found: _Found, planes: list[_Plane]) -> Pair:
+    """Which pair it is, and of what form: by its line, a frame of it, its arrays."""
+    line = run.notes.pairs.get(number)
+    if line is not None:
+        form = Form(line.shape, line.dtype, line.pixel_um)
+        return Pair(number, line.position, line.segment, line.further, form)
+    header = next((plane.header for plane in planes if plane.header), None)
+    if header is not None:
+        pixel_um = header.pixel_um or (run.notes.info.pixel_um if run.notes.info else None)
+        further = {key: value for key, value in header.axes.items() if key not in KNOWN_AXES}
+        form = Form(header.shape, header.dtype, pixel_um)
+        return Pair(number, header.axes.get("position"), header.segment, further, form)
+    return Pair(number, None, 0, {}, _form_on_disk(run, number, found) or _NOTHING)
+
+
+def _array(run: Run, pair: Pair, twin: int, found: _Found) -> PlaneArray | None:
+    """What an array of the pair is: by the journal, its own zarr.json, its twin's; else None."""
     folder = array_dir(run.path, 2 * pair.number + twin)
-    is_foreign = (folder / "c").is_dir()
-    if other is not None and _fits(other, pair.form) and other.is_foreign == is_foreign:
+    own, other = (
+        array if array is not None and _fits(array, pair.form) else None
+        for array in (found[twin], found[1 - twin])
+    )
+    is_foreign = own.is_foreign if own else (folder / "c").is_dir()
+    line = run.notes.pairs.get(pair.number)
+    if line is not None and line.shards is not None and not is_foreign:
+        return PlaneArray.unwritten(folder, line.shape, line.dtype, line.shards)
+    if own is not None:
+        return own
+    if other is not None and other.is_foreign == is_foreign:
         return other
     if is_foreign:
         raise RunError(
             f"{folder}/zarr.json cannot be read, and nothing else says how its planes are "
             "compressed; put it back from a copy"
         )
-    if line is None:
-        return None
-    return PlaneArray.unwritten(folder, line.shape, line.dtype, line.shards)
+    return PlaneArray.unwritten(folder, line.shape, line.dtype, None) if line else None
 
 
 def _channel_names(run: Run, pair: Pair, told: list[str], planes: list[_Plane]) -> list[str]:

@@ -77,6 +77,16 @@ def test_an_array_that_says_something_else_hides_no_plane(
     assert_recovers(sealed)
 
 
+@pytest.mark.parametrize("name", ARRAYS)
+def test_an_array_that_says_another_shard_hides_no_plane(sealed: Path, name: str) -> None:
+    before = snapshot(sealed)
+    document = json.loads((sealed / name).read_bytes())
+    document["chunk_grid"]["configuration"]["chunk_shape"][0] = 8
+    (sealed / name).write_text(json.dumps(document))
+    assert recover(sealed).lost == 0
+    assert snapshot(sealed) == before
+
+
 @pytest.mark.parametrize("content", TORN.values(), ids=TORN)
 def test_all_metadata_at_once(sealed: Path, killed: Path, content: bytes) -> None:
     wanted = {name: (sealed / name).read_bytes() for name in METADATA}
