@@ -43,6 +43,8 @@ from store.shards import repair_index
 from store.tails import Tail, cut, torn_tails
 from store.verify import LostPlane, Progress, acknowledged, lost_planes
 
+TOLD = 8
+"""Things of one kind that are told one by one."""
 NO_PLANE = "the writer ended before the plane was saved"
 NO_ANSWER = "the writer ended before the answer came"
 NO_RAW = "no raw frame was saved"
@@ -261,16 +263,25 @@ def _superseded_planes(run: Run) -> int:
 
 
 def _words(run: Path, faults: Faults) -> Iterator[str]:
-    for index in faults.indices:
-        yield f"{index.path.relative_to(run)}: {index}: index rebuilt"
+    yield from _few([f"{i.path.relative_to(run)}: {i}: index rebuilt" for i in faults.indices])
     if faults.metadata:
-        names = [str(path.relative_to(run)) for path, _ in faults.metadata]
-        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        yield f"{', '.join(names[:4])}{more}: missing or not as the planes are: written"
-    for path in faults.strays:
-        yield f"{path.relative_to(run)}: a plane that nobody vouches for: now lost.{path.name}"
-    for path in faults.leftovers:
-        yield f"{path.relative_to(run)}: nothing needs it: removed"
+        names = ", ".join(_few([str(path.relative_to(run)) for path, _ in faults.metadata]))
+        yield f"{names}: missing or not as the planes are: written"
+    yield from _few(
+        [
+            f"{path.relative_to(run)}: a plane that nobody vouches for: now lost.{path.name}"
+            for path in faults.strays
+        ]
+    )
+    yield from _few(
+        [f"{path.relative_to(run)}: nothing needs it: removed" for path in faults.leftovers]
+    )
+
+
+def _few(words: list[str]) -> list[str]:
+    """At most TOLD of them, and how many more there are."""
+    more = len(words) - TOLD
+    return [*words[:TOLD], f"and {more} more"] if more > 0 else words
 
 
 def _remove(path: Path) -> None:
