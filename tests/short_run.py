@@ -14,7 +14,7 @@ import numpy as np
 import yaozarrs
 import zarr
 from faulty_os import Say
-from store_runs import frame, pixels, start
+from store_runs import SHAPE, frame, pixels, start
 
 from refocus.errors import RunError
 from refocus.frame import Pixels, RefocusOutcome
@@ -95,9 +95,9 @@ def telling(say: Say, kind: Kind, seq: int) -> Iterator[None]:
         say(f"saved {kind.name} {seq}")
 
 
-def wanted(record: Record) -> Pixels:
+def wanted(record: Record, shape: tuple[int, int] = SHAPE, dtype: str = "uint16") -> Pixels:
     """The pixels of the plane that a record speaks of."""
-    return pixels(record.seq + (TWIN if record.kind == Kind.REFOCUS else 0))
+    return pixels(record.seq + (TWIN if record.kind == Kind.REFOCUS else 0), shape, dtype)
 
 
 def planes(run: Run) -> dict[tuple[Kind, int], Record]:
@@ -135,8 +135,8 @@ def assert_open_to_all(path: Path, *, exactly: bool = False) -> None:
         expected = np.zeros_like(array)
         for record in (record for record in shown.values() if record.image == image):
             place = record.t, record.c, record.z
-            np.testing.assert_array_equal(array[place], wanted(record), strict=True)
-            expected[place] = wanted(record)
+            expected[place] = wanted(record, array.shape[3:], array.dtype.name)
+            np.testing.assert_array_equal(array[place], expected[place], strict=True)
         assert not exactly or np.array_equal(array, expected)
 
 
