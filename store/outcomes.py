@@ -72,6 +72,11 @@ class Outcomes:
         """Book why a frame has no twin, now or as soon as the disk takes it."""
         self._book(seq, Kind.REFOCUS, outcome, reason, generator)
 
+    def require_open_answer(self, seq: int) -> None:
+        """Raises RunError where a frame has its twin."""
+        if self.refocus.get(seq) == RefocusOutcome.REFOCUSED:
+            raise RunError(f"frame {seq}: its refocused twin is on disk; it is never written again")
+
     def note_scaling(self, channel: str, offset: float, scale: float) -> None:
         """Write down the frozen scaling of a channel. Raises RunError."""
         if not (math.isfinite(offset) and math.isfinite(scale) and scale > 0):

@@ -97,6 +97,12 @@ class Underway:
         pending.error.__cause__ = error
 
 
+def require_form(pixels: Pixels, shape: tuple[int, int], dtype: str, whose: str) -> None:
+    """Raises RunError where a plane is of another form; *whose* it is: "raw is"."""
+    if pixels.shape != shape or pixels.dtype.name != dtype:
+        raise RunError(f"pixels are {pixels.dtype} {pixels.shape}, {whose} {dtype} {shape}")
+
+
 def record_of(seq: int, kind: Kind, outcome: int, place: Place, stored: Pixels) -> Record:
     """Record of a plane that is on disk."""
     return Record(

@@ -35,7 +35,7 @@ from store.reader import Run
 from store.rebuild import rebuild
 from store.records import MAX_CLIPPED, Kind
 from store.tails import resume
-from store.underway import Pending, Underway, describe, reason_of, record_of
+from store.underway import Pending, Underway, describe, reason_of, record_of, require_form
 
 
 class Provenance(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,8 +92,7 @@ class RunWriter:
     def reopen(cls, path: Path) -> "RunWriter":
         """Go on with a run that was sealed, to write and book twins; `reseal` ends it.
 
-        Raises LockedError where it has another writer, RunError where its journal has no seal or
-        no whole end: `recover` gives it both.
+        Raises LockedError where it has another writer, RunError where `recover` comes first.
         """
         run, journal = resume(path)
         try:
@@ -166,14 +165,10 @@ class RunWriter:
             raise RunError(
                 f"frame {seq}: its raw plane is not saved; there is nothing to put a twin to"
             )
-        self._require_open_answer(seq)
+        self._outcomes.require_open_answer(seq)
         pair = self._placer.pairs[place.pair]
         try:
-            if pixels.shape != pair.form.shape or pixels.dtype.name != pair.form.dtype:
-                raise RunError(
-                    f"refocused plane is {pixels.dtype} {pixels.shape}, "
-                    f"raw is {pair.form.dtype} {pair.form.shape}"
-                )
+            require_form(pixels, pair.form.shape, pair.form.dtype, "raw is")
             put = self._images.put_refocused(place, pixels)
         except Exception as error:  # whatever it was, it ends in an outcome
             self._outcomes.answer(seq, RefocusOutcome.FAILED, reason_of(error))
@@ -198,7 +193,7 @@ class RunWriter:
         """
         if outcome == RefocusOutcome.REFOCUSED:
             raise RunError(f"frame {seq}: REFOCUSED is booked by write_refocused, with the plane")
-        self._require_open_answer(seq)
+        self._outcomes.require_open_answer(seq)
         self._outcomes.answer(seq, outcome, reason, generator)
 
     def book_raw_failed(self, seq: int, reason: str) -> None:
@@ -250,7 +245,6 @@ class RunWriter:
 
     def _end(self, complete: bool, expected_frames: int | None, note: str) -> Counts:
         self.settle()
-        counts = self.counts()
         try:
             self._journal.settle()
             if self._seal is None:
@@ -267,7 +261,7 @@ class RunWriter:
             raise RunError(what) from error
         finally:
             self._leave()
-        return counts
+        return self.counts()
 
     def _leave(self) -> None:
         """End the threads, close all files, give the lock back."""
@@ -290,12 +284,8 @@ class RunWriter:
 
     def _place(self, frame: Frame, tags: Mapping[str, object]) -> tuple[FrameHeader, Pair, Place]:
         """Check a frame, give it its slot, and write its line."""
-        header, pixels = plain_header(frame.header), frame.pixels
-        if pixels.shape != header.shape or pixels.dtype.name != header.dtype:
-            raise RunError(
-                f"pixels are {pixels.dtype} {pixels.shape}, "
-                f"the header says {header.dtype} {header.shape}"
-            )
+        header = plain_header(frame.header)
+        require_form(frame.pixels, header.shape, header.dtype, "the header says")
         pair, place = self._placer.place(header)
         header = msgspec.structs.replace(header, segment=pair.segment)
         self._journal.frame(FrameLine(header, plain_tags(tags)))
@@ -307,7 +297,3 @@ class RunWriter:
             return
         self._journal.line(PairLine.of(pair, self._images.shards(pair)))
         self._channels_told[pair.number] = len(pair.channel_names)
-
-    def _require_open_answer(self, seq: int) -> None:
-        if self._outcomes.refocus.get(seq) == RefocusOutcome.REFOCUSED:
-            raise RunError(f"frame {seq}: its refocused twin is on disk; it is never written again")
