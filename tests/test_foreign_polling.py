@@ -103,17 +103,17 @@ def torn(before: bytes, after: bytes) -> Iterator[bytes]:
 @pytest.mark.parametrize("name", POLLERS)
 def test_a_torn_index_is_refused_or_shows_no_wrong_pixel(tmp_path: Path, name: str) -> None:
     path = tmp_path / "run"
-    run = start(path)
-    for seq in range(3):
-        run.write_raw(frame(seq, {"time": seq}), {})
-    array = open_run(path).array(0)
-    assert array.grid is not None
-    shard, index = array.shard_file(0, 0, 0), array.grid.index_offset
-    before = shard.read_bytes()[index:]
-    for seq in range(3, 5):
-        run.write_raw(frame(seq, {"time": seq}), {})
-    after = shard.read_bytes()[index:]
     with library(name) as read:
+        run = start(path)
+        for seq in range(3):
+            run.write_raw(frame(seq, {"time": seq}), {})
+        array = open_run(path).array(0)
+        assert array.grid is not None
+        shard, index = array.shard_file(0, 0, 0), array.grid.index_offset
+        before = shard.read_bytes()[index:]
+        for seq in range(3, 5):
+            run.write_raw(frame(seq, {"time": seq}), {})
+        after = shard.read_bytes()[index:]
         for content in torn(before, after):
             with shard.open("r+b") as file:
                 file.seek(index)
@@ -127,7 +127,7 @@ def test_a_torn_index_is_refused_or_shows_no_wrong_pixel(tmp_path: Path, name: s
             ours = open_run(path)
             for seq in range(5):
                 np.testing.assert_array_equal(ours.raw(seq), pixels(seq))
-    run.close(complete=True, expected_frames=5)
+        run.close(complete=True, expected_frames=5)
 
 
 class Onlooker:
