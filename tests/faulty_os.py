@@ -158,7 +158,7 @@ class Child:
         return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
 
 
-def in_a_child(work: Callable[[Say], None], rule: Rule) -> tuple[int, list[str]]:
+def in_a_child(work: Callable[[Say], None], rule: Rule = Call.do) -> tuple[int, list[str]]:
     """Do *work* in a process of its own: how it ended (as `Child.end`), and what it said."""
     child = Child(work, rule)
     said = list(child.lines)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import short_run
-from faulty_os import Call, FaultyOs, quick_folder
+from faulty_os import WINDOWS, Call, FaultyOs, quick_folder
 from short_run import Told, assert_open_to_all, assert_readable, assert_recovers
 from store_runs import frame, pixels, start
 
@@ -98,6 +98,23 @@ def test_a_write_that_takes_some_bytes_at_a_time_is_gone_on_with(
     assert_run_opens(tmp_path / "run", saved=3)
     assert open_run(tmp_path / "run").state == State.COMPLETE
     assert_open_to_all(tmp_path / "run", exactly=True)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_run_is_written_where_there_are_no_positioned_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows has none."""
+    monkeypatch.setattr(disk, "os", FaultyOs(without=WINDOWS))
+    said: list[str] = []
+    short_run.write(tmp_path / "run", said.append)
+    told = Told.of(said)
+    assert told.sealed
+    assert not told.failed
+    assert_readable(tmp_path / "run", told.acknowledged)
+    assert_open_to_all(tmp_path / "run", exactly=True)
+    assert open_run(tmp_path / "run").state == State.COMPLETE
+    assert_recovers(tmp_path / "run")
 
 
 def test_a_disk_that_cannot_sync_makes_nothing_durable_and_seals_no_run(

@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import short_run
-from faulty_os import Child, Say, dies_at, dies_within, in_a_child, needs_fork, quick_folder
+from faulty_os import Child, Say, die, dies_at, dies_within, in_a_child, needs_fork, quick_folder
 from short_run import TWIN, Told, assert_open_to_all, assert_readable, assert_recovers, telling
 from store_runs import frame, pixels, start
 
-from store import shards
+from store import disk, shards
 from store.check import check
 from store.reader import State, open_run
 from store.records import Kind
-from store.writer import Provenance
+from store.writer import Provenance, RunWriter
 
 
 @pytest.fixture
@@ -78,14 +78,17 @@ def assert_nothing_lost(path: Path, told: Told) -> None:
     run = assert_readable(path, told.acknowledged)
     assert run.state == State.INCOMPLETE
     assert_open_to_all(path)
-    assert check(path).findings == ("the run is incomplete: its writer ended without closing it",)
+    finding, *others = check(path).findings
+    assert finding == "the run is incomplete: its writer ended without closing it"
+    # Without shards the plane that was on its way has a file already.
+    assert all(other.endswith("a plane that nobody vouches for") for other in others)
     assert_recovers(path)
     assert_readable(path, told.acknowledged)
 
 
 @needs_fork
-def test_kill_9_at_20_random_moments_costs_nothing_acknowledged(tmp_path: Path) -> None:
-    kill_at_random(tmp_path, times=20)
+def test_kill_9_at_20_random_moments_costs_nothing_acknowledged(folder: Path) -> None:
+    kill_at_random(folder, times=20)
 
 
 @needs_fork
@@ -93,6 +96,31 @@ def test_kill_9_at_20_random_moments_costs_nothing_acknowledged(tmp_path: Path) 
 @pytest.mark.timeout(1200)
 def test_kill_9_costs_nothing_acknowledged_often(tmp_path: Path) -> None:
     kill_at_random(tmp_path, times=200)
+
+
+@needs_fork
+def test_kill_9_costs_nothing_acknowledged_without_sparse_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The zarr library writes the planes there, a file each."""
+    monkeypatch.setattr(disk, "has_sparse_files", lambda folder: False)
+    kill_at_random(tmp_path, times=3)
+    path = tmp_path / "run"
+
+    def write_and_die(say: Say) -> None:
+        run = start(path)
+        for seq in range(3):
+            short_run.write_frame(run, seq, 1, say)
+        die()
+
+    code, said = in_a_child(write_and_die)
+    assert code == -signal.SIGKILL
+    assert assert_recovers(path).array(0).grid is None
+    run = RunWriter.reopen(path)
+    run.write_refocused(1, pixels(TWIN + 1), Provenance(generator=1, latency_ns=1))
+    run.reseal()
+    assert_readable(path, {*Told.of(said).acknowledged, (Kind.REFOCUS, 1)})
+    assert_open_to_all(path, exactly=True)
 
 
 @needs_fork
