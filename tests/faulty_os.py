@@ -23,7 +23,19 @@ import pytest
 from store import disk
 
 CHANGES = frozenset(
-    ("open", "pwrite", "write", "ftruncate", "mkdir", "unlink", "replace", "fdatasync", "fsync")
+    [
+        "open",
+        "pwrite",
+        "write",
+        "ftruncate",
+        "mkdir",
+        "rmdir",
+        "unlink",
+        "rename",
+        "replace",
+        "fdatasync",
+        "fsync",
+    ]
 )
 WINDOWS = ("pwrite", "pread", "fdatasync", "O_DIRECT", "posix_fadvise", "posix_fallocate")
 """What `os` lacks there."""

@@ -48,17 +48,22 @@ class File:
     def after_a_cut(self, chance: random.Random, kept: float) -> bytes:
         """What may be found: of the writes since the last sync every sector with luck *kept*."""
         whole = chance.random() < 0.5  # writes are there or not; otherwise sectors are
+        rubbish = chance.random() < 0.2
 
         def keep(sectors: list[int]) -> list[bool]:
             luck = chance.random() < kept
             return [luck if whole else chance.random() < kept for _ in sectors]
 
-        return self.content(keep)
+        return self.content(keep, chance.randbytes if rubbish else None)
 
-    def content(self, keep: Callable[[list[int]], list[bool]]) -> bytes:
+    def content(
+        self,
+        keep: Callable[[list[int]], list[bool]],
+        rubbish: Callable[[int], bytes] | None = None,
+    ) -> bytes:
         """Its bytes, with those sectors of each write that *keep* says; the others stay as before.
 
-        A sector that was never on the disk and is not kept reads as zeros, as a hole does.
+        What was never on the disk and is not kept at the end of the file is missing, or *rubbish*.
         """
         found = bytearray(self.synced)
         for offset, data in self.since:
@@ -69,7 +74,9 @@ class File:
             ends = [*range(SECTOR - offset % SECTOR, len(data), SECTOR), len(data)]
             starts = [0, *ends[:-1]]
             for start, end, there in zip(starts, ends, keep(starts), strict=True):
-                if there:
+                if rubbish and not there and offset + start == len(found):
+                    found += rubbish(end - start)
+                elif there:
                     found += bytes(max(0, offset + end - len(found)))
                     found[offset + start : offset + end] = data[start:end]
         return bytes(found)
@@ -78,8 +85,12 @@ class File:
 class Disk:
     """A file system that follows recorded calls, and knows what of it a cut would leave."""
 
-    def __init__(self) -> None:
-        self._names: dict[Path, list[File | str | None]] = {}
+    def __init__(self, folder: Path, found: dict[Path, bytes | None]) -> None:
+        """*found*: what lies in *folder* already, for sure."""
+        self._names: dict[Path, list[File | str | None]] = {
+            folder / name: ["folder" if content is None else File(content)]
+            for name, content in found.items()
+        }
         """What a path may be after a cut: a file, "folder" or nothing; the last is the newest."""
 
     def follow(self, call: Call) -> None:
@@ -96,7 +107,7 @@ class Disk:
                 self._file(path).since.append((call.args[1], None))
             case "mkdir":
                 self._name(path, "folder")
-            case "unlink":
+            case "unlink" | "rmdir":
                 self._name(path, None)
             case "replace":
                 self._name(path, self._newest(Path(call.args[0])))
@@ -140,6 +151,8 @@ class Life:
     """What was done to the disk while a run was written, sealed, reopened and sealed again."""
 
     path: Path
+    found: dict[Path, bytes | None]
+    """What was there before."""
     calls: list[Call] = field(default_factory=list)
     durable: list[tuple[int, int]] = field(default_factory=list)
     """(calls before, durable records) at the end of every round of syncing."""
@@ -158,12 +171,11 @@ class Life:
 
     def cut(self, folder: Path, calls: int, chance: random.Random) -> Path:
         """The run as a cut after so many calls may leave it, in *folder*."""
-        left = Disk()
+        left = Disk(self.path, self.found)
         for call in self.calls[:calls]:
             left.follow(call)
         found = folder / "run"
-        (found / "journal").mkdir(parents=True)
-        (found / "journal" / "writer.lock").touch()
+        found.mkdir()
         left.leave(self.path, found, chance)
         return found
 
@@ -215,7 +227,8 @@ def life(request: pytest.FixtureRequest) -> Iterator[Life]:
     """A run's life, with rounds of syncing between its file operations, or beside them."""
     how, seed = request.param.split()
     with quick_folder() as folder, pytest.MonkeyPatch.context() as patch:
-        recorded = Life(folder / "run")
+        begun: dict[Path, bytes | None] = {Path("journal"): None, Path("journal/writer.lock"): b""}
+        recorded = Life(folder / "run", begun)
         recorder = Recorder(recorded, random.Random(int(seed)))
         whole_round = Durability.sync
         patch.setattr(Durability, "sync", lambda self: recorder.round(whole_round, self))
@@ -242,12 +255,6 @@ def write_missing_twins(path: Path) -> None:
     for seq in range(1, len(short_run.FRAMES), 3):
         run.write_refocused(seq, pixels(TWIN + seq), Provenance(generator=generator, latency_ns=1))
     run.reseal()
-
-
-@pytest.fixture(autouse=True)
-def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recovering need not wait for the disk here."""
-    monkeypatch.setattr(disk, "sync", lambda path: None)
 
 
 def test_the_recorded_life_is_one(life: Life) -> None:
@@ -302,3 +309,28 @@ def test_a_sealed_run_needs_no_recovering_after_a_cut(life: Life, cuts: int) -> 
             assert open_run(found).state == State.COMPLETE
             assert len(planes(assert_readable(found, life.durable_planes(calls)))) >= 6
             assert_open_to_all(found, exactly=True)
+
+
+@pytest.mark.parametrize("cuts", [20, pytest.param(500, marks=pytest.mark.long)])
+@pytest.mark.timeout(900)
+def test_recovering_may_be_cut_off_too(
+    life: Life, cuts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(cuts):
+        chance = random.Random(number)
+        calls = chance.randrange(life.durable[0][0], len(life.calls))
+        with quick_folder() as first, quick_folder() as second:
+            found = life.cut(first, calls, chance)
+            recovering = Life(found, short_run.snapshot(found))
+            with monkeypatch.context() as patch:
+                patch.setattr(disk, "os", FaultyOs(Recorder(recovering, chance)))
+                recover(found)
+            whole = len(recovering.calls)
+            done = chance.choice((chance.randrange(whole + 1), whole))
+            found_again = recovering.cut(second, done, chance)
+            recover(found_again)
+            shown = planes(assert_readable(found_again, life.durable_planes(calls)))
+            assert planes(open_run(found)).items() >= shown.items()
+            assert_open_to_all(found_again, exactly=True)
+            if done == whole:
+                assert shown == planes(open_run(found))
