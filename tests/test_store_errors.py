@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import short_run
-from faulty_os import WINDOWS, Call, FaultyOs, quick_folder
+from faulty_os import WINDOWS, Call, FaultyOs, Rule, quick_folder
 from short_run import Told, assert_open_to_all, assert_readable, assert_recovers
 from store_runs import frame, pixels, start
 
@@ -20,6 +20,7 @@ from refocus.errors import RunError
 from store import disk, durable, shards
 from store.reader import State, open_run
 from store.records import Kind
+from tests.recording import plane, recorder, settings, shoot
 
 
 @pytest.fixture
@@ -117,22 +118,26 @@ def test_a_run_is_written_where_there_are_no_positioned_writes(
     assert_recovers(tmp_path / "run")
 
 
+def cannot_sync(failed: threading.Event) -> Rule:
+    """A disk that says it has lost something, whenever it is asked to keep a shard."""
+
+    def rule(call: Call) -> Any:
+        if call.name == "fdatasync" and call.path.name.startswith("c."):
+            failed.set()
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(call.path))
+        return call.do()
+
+    return rule
+
+
 def test_a_disk_that_cannot_sync_makes_nothing_durable_and_seals_no_run(
     tmp_path: Path, faulty: FaultyOs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may have dropped what it was given, and would not say so a second time."""
     monkeypatch.setattr(durable, "PAUSE_S", 0.01)
     path = tmp_path / "run"
-    failed = threading.Event()
-
-    def fail(call: Call) -> Any:
-        if call.name == "fdatasync" and call.path.name.startswith("c."):
-            failed.set()
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(call.path))
-        return call.do()
-
     run = start(path)
-    faulty.rule = fail
+    faulty.rule = cannot_sync(failed := threading.Event())
     run.write_raw(frame(0, {"time": 0}), {})
     assert failed.wait(30)
     faulty.rule = Call.do  # the disk says that all is well again
@@ -145,6 +150,23 @@ def test_a_disk_that_cannot_sync_makes_nothing_durable_and_seals_no_run(
     assert found.state == State.INCOMPLETE
     assert not any(found.is_durable(record) for record in found.records(Kind.RAW))
     assert_recovers(path)
+
+
+def test_a_recorder_stops_the_acquisition_where_the_disk_cannot_sync(
+    tmp_path: Path, faulty: FaultyOs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durable, "PAUSE_S", 0.01)
+    faulty.rule = cannot_sync(failed := threading.Event())
+    with (
+        pytest.raises(RunError, match="not sealed"),
+        recorder(tmp_path / "run", settings("nowhere", "none")) as r,
+    ):
+        shoot(r, plane())
+        assert failed.wait(30)
+        while not r.stopping.wait(0.05):  # told with one of the next planes
+            shoot(r, plane())
+    assert any("Input/output error" in line for line in r.trouble)
+    assert open_run(tmp_path / "run").counts.saved >= 2
 
 
 TAKES_ROOM = frozenset(("open", "pwrite", "write", "mkdir"))
