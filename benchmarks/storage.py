@@ -201,7 +201,8 @@ def main() -> int:
         for one in figures:
             ratio = "" if one.ratio is None else f"{one.ratio:.2f}"
             reference = "" if one.reference is None else f"{one.reference:.0f} {one.unit}"
-            print(f"| {one.name} | {one.value:.3g} {one.unit} | {reference} | {ratio} |")
+            value = f"{one.value:.0f}" if one.value >= 100 else f"{one.value:.3g}"
+            print(f"| {one.name} | {value} {one.unit} | {reference} | {ratio} |")
     return 0
 
 
