@@ -82,12 +82,29 @@ class Images:
         self._pairs: list[_PairOnDisk] = []
         self._lane = ThreadPoolExecutor(1, thread_name_prefix="refocus-lane")
 
-    def put_raw(self, pair: Pair, place: Place, header: FrameHeader, pixels: Pixels) -> Put:
-        """Begin to store a raw plane. Raises OSError; what goes wrong later is for the result."""
-        return self._put(self._prepare(pair, header, pixels).raw, place, pixels)
+    def prepare(self, pair: Pair, header: FrameHeader, plane: Pixels) -> None:
+        """Make what must stand on disk before this plane. Raises OSError."""
+        while (
+            len(self._pairs) <= pair.number
+        ):  # also one whose first plane failed: no gap in numbers
+            self._add(self._placed[len(self._pairs)], header, plane)
+        on_disk = self._pairs[pair.number]
+        if len(pair.channel_names) > len(on_disk.channels):
+            self._drain()
+            self._add_channels(on_disk, header, plane)
+        _update_step(on_disk)
+        if on_disk.stale:
+            self._drain()
+            self._save_groups(on_disk)
+            self._save_lists()
+            on_disk.stale = False
+
+    def put_raw(self, place: Place, pixels: Pixels) -> Put:
+        """Begin to store a raw plane that was prepared; what goes wrong is for the result."""
+        return self._put(self._pairs[place.pair].raw, place, pixels)
 
     def put_refocused(self, place: Place, pixels: Pixels) -> Put:
-        """Begin to store the twin of a raw plane that is there."""
+        """Begin to store the twin of a raw plane that is there. Raises OSError, as the result."""
         on_disk = self._pairs[place.pair]
         if on_disk.finished:
             self._unlist_levels(image_dir(self._run, place.refocused_image))
@@ -149,24 +166,6 @@ class Images:
         disk.replace_file(path, content)
         self._on_change(path)
         self._on_change(path.parent)
-
-    def _prepare(self, pair: Pair, header: FrameHeader, plane: Pixels) -> _PairOnDisk:
-        """Make what must stand on disk before this plane."""
-        while (
-            len(self._pairs) <= pair.number
-        ):  # also one whose first plane failed: no gap in numbers
-            self._add(self._placed[len(self._pairs)], header, plane)
-        on_disk = self._pairs[pair.number]
-        if len(pair.channel_names) > len(on_disk.channels):
-            self._drain()
-            self._add_channels(on_disk, header, plane)
-        _update_step(on_disk)
-        if on_disk.stale:
-            self._drain()
-            self._save_groups(on_disk)
-            self._save_lists()
-            on_disk.stale = False
-        return on_disk
 
     def _add(self, pair: Pair, header: FrameHeader, plane: Pixels) -> None:
         self._drain()

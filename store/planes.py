@@ -143,8 +143,17 @@ class PlaneArray:
         return self._shards.stage(stored, self.grid)
 
     def write(self, t: int, c: int, z: int, staged: Staged) -> None:
-        """Store a plane. From the return on it survives a kill of this process. Raises OSError."""
+        """Store a plane. From the return on it survives a kill of this process. Raises OSError.
+
+        *staged* is used up, whatever becomes of it.
+        """
         assert self._shards is not None, f"{self._folder} is open for reading"
+        try:
+            self._write(self._shards, t, c, z, staged)
+        finally:
+            self._shards.give_back(staged)
+
+    def _write(self, shards: Shards, t: int, c: int, z: int, staged: Staged) -> None:
         self.cover(t, c, z)
         if self.grid is None:
             array = self._by_zarr("r+")
@@ -153,10 +162,10 @@ class PlaneArray:
             chunk = (t // lengths[0], c // lengths[1], z // lengths[2], 0, 0)
             path = self._folder / array.metadata.encode_chunk_key(chunk)
             for changed in (path, *path.parents[: 1 + path.parents.index(self._folder)]):
-                self._shards.changed(changed)
+                shards.changed(changed)
         else:
             path = self.shard_file(t, c, z)
-            self._shards.put(path, self.grid, self.grid.slot(t, z), staged)
+            shards.put(path, self.grid, self.grid.slot(t, z), staged)
 
     def prepare_next(self, t: int, c: int, z: int) -> None:
         """Make the shard that follows the one of this plane along t. Raises OSError."""

@@ -21,7 +21,7 @@ rebuilds it from the journal.
 import contextlib
 import errno
 import math
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +40,6 @@ DIRECT_FROM_BYTES = 1 << 20
 """Smaller planes gain nothing from passing by the page cache."""
 MAX_OPEN = 128
 """Shards held open for writing, the latest ones: two descriptors each, of the usual 1024."""
-STAGED = 3
-"""Planes that lie ready at once: one being written, one waiting, one being made ready."""
 _ABSENT = 2**64 - 1
 _CRC_BYTES = 4
 
@@ -184,6 +182,8 @@ class Staged(NamedTuple):
     """(y, x), as it will lie on disk."""
     pages: npt.NDArray[np.uint8]
     """Its bytes; for a direct write in whole pages, zeros behind the plane."""
+    memory: npt.NDArray[np.uint8] | None = None
+    """What it was copied into, to be given back once it is written."""
 
 
 class _Shard:
@@ -249,24 +249,28 @@ class Shards:
         """Without sparse files a shard takes all its room at once: better none."""
         self._direct = disk.takes_direct_writes(folder)
         self._open: OrderedDict[Path, _Shard] = OrderedDict()
-        self._memory: deque[npt.NDArray[np.uint8]] = deque()
+        self._free: list[npt.NDArray[np.uint8]] = []  # memory for copies
 
     def stage(self, pixels: Pixels, grid: Grid) -> Staged:
         """Make a plane (y, x) ready to be written; a copy only where it must be one.
 
-        A copy is good until STAGED more planes have been staged.
+        A copy is good until `give_back`.
         """
         plane = pixels.reshape(-1).view(np.uint8)
         if disk.is_aligned(plane) or not self._goes_direct(grid):
             return Staged(pixels, plane)
-        memory = self._memory.popleft() if len(self._memory) == STAGED else plane[:0]
+        memory = self._free.pop() if self._free else plane[:0]
         if memory.size < grid.stride:
             memory = disk.aligned_memory(grid.stride)
-        self._memory.append(memory)
         memory[: plane.size] = plane
         memory[plane.size : grid.stride] = 0
         copy = memory[: plane.size].view(pixels.dtype).reshape(grid.shape)
-        return Staged(copy, memory[: grid.stride])
+        return Staged(copy, memory[: grid.stride], memory)
+
+    def give_back(self, staged: Staged) -> None:
+        """Any thread. The plane is written, or never will be: its memory is for the next one."""
+        if staged.memory is not None:
+            self._free.append(staged.memory)
 
     def put(self, path: Path, grid: Grid, slot: int, staged: Staged) -> None:
         """Write a plane into its slot. Raises OSError."""

@@ -147,9 +147,10 @@ class RunWriter:
             raise RunError(f"frame {seq}: has a raw outcome already; each seq is written once")
         try:
             header, pair, place = self._place(frame, tags)
-            put = self._images.put_raw(pair, place, header, frame.pixels)
-            pair.take(place)
+            self._images.prepare(pair, header, frame.pixels)
             self._tell_pair(pair)
+            put = self._images.put_raw(place, frame.pixels)  # nothing may fail from here on
+            pair.take(place)
         except Exception as error:  # whatever it was, no frame may vanish unbooked
             self._outcomes.fail_raw(seq, reason_of(error))
             raise RunError(f"frame {seq}: not saved: {describe(error)}") from error

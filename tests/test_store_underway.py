@@ -1,0 +1,64 @@
+"""Planes on their way to the disk: what fails beside them neither moves nor shows another plane."""
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from faulty_os import Call, FaultyOs
+from shard_arrays import MIB_SHAPE, Arrays, plane
+from store_runs import frame, start
+
+from refocus.errors import RunError
+from store import disk
+from store.reader import open_run
+
+
+@pytest.fixture
+def faulty(monkeypatch: pytest.MonkeyPatch) -> FaultyOs:
+    stand_in = FaultyOs()
+    monkeypatch.setattr(disk, "os", stand_in)
+    return stand_in
+
+
+def refused(call: Call) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(call.path))
+
+
+def test_a_plane_whose_pair_cannot_be_told_is_not_written(tmp_path: Path, faulty: FaultyOs) -> None:
+    def refuse_pairs(call: Call) -> Any:
+        tells = call.writes and b'"kind":"pair"' in bytes(call.args[1])
+        return refused(call) if tells else call.do()
+
+    path = tmp_path / "run"
+    run = start(path)
+    faulty.rule = refuse_pairs
+    with pytest.raises(RunError, match=r"frame 0: not saved: .*No space left"):
+        run.write_raw(frame(0, {"time": 0}), {})
+    faulty.rule = Call.do
+    run.write_raw(frame(1, {"time": 1}), {})
+    counts = run.close(complete=True, expected_frames=2)
+    assert (counts.saved, counts.failed) == (1, 1)
+    shown = np.asarray(zarr.open_array(path / "0" / "0", mode="r")[:])
+    assert not shown[0].any()
+    np.testing.assert_array_equal(shown[1, 0, 0], open_run(path).raw(1))
+
+
+def test_a_copy_is_good_until_it_is_written_however_many_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "takes_direct_writes", lambda _: True)
+    monkeypatch.setattr(disk, "is_aligned", lambda _: False)
+    arrays = Arrays(tmp_path)
+    array = arrays.add("a", MIB_SHAPE)
+    wanted = [plane((t, 0, 0), MIB_SHAPE) for t in range(5)]
+    staged = [array.stage(pixels) for pixels in wanted]
+    for one, pixels in zip(staged, wanted, strict=True):
+        assert one.memory is not None
+        np.testing.assert_array_equal(one.pixels, pixels)
+    arrays.shards.give_back(staged[3])
+    assert array.stage(wanted[0]).memory is staged[3].memory
+    assert array.stage(wanted[0]).memory is not staged[3].memory
