@@ -1,6 +1,9 @@
 """`refocus check`: whole runs pass, every kind of damage is found and said."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,3 +204,13 @@ def test_no_run_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for path in (tmp_path, tmp_path / "nothing"):
         assert main(["check", str(path)]) == 2
         assert f"{path}: not a run" in capsys.readouterr().err
+
+
+def test_an_output_that_nobody_reads_is_no_error(run: Path) -> None:
+    """As behind `| head`."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "refocus.cli.main", "check", str(run)]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")

@@ -196,7 +196,7 @@ def test_a_wrong_key_in_the_settings_ends_the_command(tmp_path: Path) -> None:
 def test_a_run_that_exists_is_refused(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("data")
     done = refocus("demo", "--frames", 1, "--size", 64, "--engine", "none", "--out", tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "exists" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 

@@ -1,5 +1,6 @@
 """A disk that gets full stops the run in order, before a plane is lost, and says so."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -167,6 +168,21 @@ def saved(path: Path) -> int:
         return 0
 
 
+def refocused(path: Path) -> int:
+    """Twins of a run that perhaps does not exist yet."""
+    try:
+        return open_run(path).counts.refocused
+    except RunError:
+        return 0
+
+
+def fill_up(path: Path) -> None:
+    """Write until the disk takes no byte more."""
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
 @pytest.mark.parametrize("when", ["at the start", "meanwhile"])
 def test_the_demo_leaves_with_exit_code_3(disk: Path, tmp_path: Path, when: str) -> None:
     (tmp_path / "config.toml").write_text(f"[store]\nreserve_mib = {RESERVE_MIB}\n")
@@ -199,6 +215,36 @@ def test_the_demo_leaves_with_exit_code_3(disk: Path, tmp_path: Path, when: str)
     assert run.state is State.INCOMPLETE
     assert 0 < run.counts.saved == json.loads(said)["received"] < frames
     assert run.counts.failed == 0
+
+
+def test_the_demo_tells_what_became_of_a_run_that_filled_the_disk(
+    disk: Path, tmp_path: Path
+) -> None:
+    """To the last byte: no room for a picture either."""
+    package = identity_package.make(tmp_path / "negated", answer="negated")
+    (tmp_path / "config.toml").write_text("[store]\nreserve_mib = 0\n")
+    out = disk / "run"
+    command = [
+        *(sys.executable, "-m", "refocus.cli.main", "demo", "--frames", "150", "--size", "96"),
+        *("--generator", str(package.folder), "--out", str(out), "--json"),
+        *("--config", str(tmp_path / "config.toml")),
+    ]
+    demo = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + LIMIT_S
+        while refocused(out) < 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        fill_up(disk / "download")
+        said, errors = demo.communicate(timeout=60)
+    finally:
+        demo.kill()
+        demo.communicate()
+    assert demo.returncode == 1, errors
+    assert "no picture" in errors
+    assert "Traceback" not in errors
+    assert 0 < json.loads(said)["saved"] < 150
+    assert not (out / "preview.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import sys
 import threading
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from acquire.recorder import Recorder
     from acquire.sources.demo import DemoMicroscope
     from acquire.sources.demo_report import Summary
+    from store.reader import Run
 
 ENGINE_READY_S = 60.0
 """How long the demo waits for the engine before it starts without; a cold start takes seconds."""
@@ -56,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     from acquire.recorder import Recorder
     from acquire.sources import demo_report
     from acquire.sources.demo import CHANNELS
-    from refocus.errors import RunError
+    from refocus.errors import RunError, SettingsError
     from store.reader import open_run
 
     settings = options.settings(arguments)
@@ -64,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     side = arguments.size
     failure: RunError | None = None
     if out.exists():  # said before the specimen is simulated, which takes seconds
-        raise RunError(f"{out}: exists already; give a folder that does not")
+        raise SettingsError(f"{out}: exists already; give a folder that does not")
     with _progress(arguments.json) as progress:
         microscope = _simulate(arguments, progress)
         events = microscope.events(arguments.frames)
@@ -78,12 +80,11 @@ def run(arguments: argparse.Namespace) -> int:
     status = recorder.status()
     finished = open_run(out)
     summary = demo_report.summarise(status, finished, microscope, list(CHANNELS))
-    picture = out / "preview.png"
-    shown = demo_report.preview(finished, microscope, picture)
+    picture = _picture(finished, microscope, out / "preview.png")
     if arguments.json:
         print(demo_report.to_json(summary))
     else:
-        _print(summary, demo_report.why_not(finished), picture if shown else None)
+        _print(summary, demo_report.why_not(finished), picture)
     if failure is not None:  # other trouble was told when it came
         raise failure
     if recorder.interrupted:
@@ -102,6 +103,18 @@ def _simulate(arguments: argparse.Namespace, progress: "Progress") -> "DemoMicro
     )
     progress.remove_task(task)
     return microscope
+
+
+def _picture(run: "Run", microscope: "DemoMicroscope", path: Path) -> Path | None:
+    """The preview's file; None where there is nothing to show, or, told, no room for it."""
+    from acquire.sources import demo_report
+
+    try:
+        return path if demo_report.preview(run, microscope, path) else None
+    except OSError as error:  # what became of the run is told all the same
+        print(f"refocus: no picture: {path}: {error.strerror or error}", file=sys.stderr)
+        path.unlink(missing_ok=True)
+        return None
 
 
 def _acquire(

@@ -1,7 +1,7 @@
 """`refocus`: parse, run one command, turn what it raises into one line and an exit code.
 
 Exit codes: 0 ok, 1 findings or lost frames, 2 usage or settings, 3 stopped by the disk guard,
-4 locked by another writer, 130 interrupted.
+4 locked by another writer, 130 interrupted, 141 nobody reads the output any more (`| head`).
 
 Python waits at its end for every thread. Where Micro-Manager has left one that never ends
 (`StuckError`), the process leaves without waiting; all files are closed by then.
@@ -20,6 +20,8 @@ from refocus.errors import RefocusError, StuckError
 from refocus.settings import user_config_path
 
 INTERRUPTED = 130
+NOBODY_READS = 141
+"""What a shell says of a program that SIGPIPE ended."""
 DESCRIPTION = "Refocuses microscope frames while the acquisition runs, beside Micro-Manager."
 EPILOG = f"""\
 Settings are read from --config FILE, ./config.toml, or {user_config_path()}, whichever comes first.
@@ -36,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         group.register(subparsers)
     arguments = parser.parse_args(argv)
     try:
-        return int(arguments.run(arguments))
+        code = int(arguments.run(arguments))
+        sys.stdout.flush()  # here, where it can still be told that nobody reads it
+        return code
     except RefocusError as error:
         print(f"refocus: {error}", file=sys.stderr)
         if isinstance(error, StuckError) and _threads_left():
@@ -47,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("refocus: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        # What is left in the buffer would be tried again, and complained of, when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NOBODY_READS
 
 
 def _threads_left() -> bool:
