@@ -328,7 +328,7 @@ class Store(RuleBasedStateMachine):
         self.faulty.rule = Call.do
 
 
-@pytest.mark.parametrize("examples", [30, pytest.param(1500, marks=pytest.mark.long)])
+@pytest.mark.parametrize("examples", [24, pytest.param(1500, marks=pytest.mark.long)])
 @pytest.mark.timeout(1800)
 def test_a_run_is_what_its_model_says_after_any_sequence_of_steps(examples: int) -> None:
     run_state_machine_as_test(
