@@ -14,13 +14,14 @@ waits until the lane is empty, so nothing here needs a lock.
 """
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from refocus.frame import FrameHeader, Pixels
 from store import disk, levels, ome
+from store.lane import Lane
 from store.layout import Pair, Place, array_dir, image_dir, journal_dir
 from store.metadata import PairImages
 from store.planes import PlaneArray
@@ -80,7 +81,7 @@ class Images:
         self._on_change = on_change
         self._shards = Shards(journal_dir(run), on_change)
         self._pairs: list[_PairOnDisk] = []
-        self._lane = ThreadPoolExecutor(1, thread_name_prefix="refocus-lane")
+        self._lane = Lane("refocus-lane")
 
     def prepare(self, pair: Pair, header: FrameHeader, plane: Pixels) -> None:
         """Make what must stand on disk before this plane. Raises OSError."""
@@ -143,7 +144,7 @@ class Images:
 
     def close(self) -> None:
         """End the lane and close all files."""
-        self._lane.shutdown()
+        self._lane.close()
         self._shards.close()
 
     def _unlist_levels(self, image: Path) -> None:
