@@ -19,6 +19,7 @@ import msgspec
 from refocus.errors import RunError
 from refocus.frame import RawOutcome, RefocusOutcome
 from refocus.status import Counts
+from refocus.words import counted, few
 from store.faults import Faults, find_faults
 from store.journal import SealLine
 from store.layout import journal_dir
@@ -26,7 +27,7 @@ from store.reader import FrameEntry, Run, State, is_unborn, open_run
 from store.rebuild import rebuild
 from store.records import Kind
 from store.tails import torn_tails
-from store.verify import Progress, lost_planes
+from store.verify import Progress, lost_planes, told
 
 
 class RawCheck(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,7 +58,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         counts = self.counts
         return {
             "state": str(self.state),
-            "raw": msgspec.to_builtins(self.raw),
+            "raw": {**msgspec.to_builtins(self.raw), "failed": counts.failed},
             "refocus": {
                 "refocused": counts.refocused,
                 "skipped": counts.skipped,
@@ -68,6 +69,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
             },
             "generator": self.generator,
             "valid_ome_zarr": self.valid_ome_zarr,
+            "findings": list(self.findings),
+            "notes": list(self.remarks),
         }
 
 
@@ -83,11 +86,11 @@ def check(path: Path, progress: Progress = lambda _done, _total: None) -> Report
         raise RunError(f"{path}: cannot be read ({error})") from error
     raw = sum(plane.record.kind == Kind.RAW for plane in lost)
     valid, complaint = _validate(path) if counts.saved else (None, "")
-    findings = [*_findings(run), *map(str, lost)]
+    findings = [*_findings(run), *(f"{what}; run `refocus recover`" for what in told(lost))]
     remarks = []
     if faults is not None:
         findings += _wrong(run, faults)
-        remarks += [*_remarks(run), *_superfluous(run, faults)]
+        remarks += [*_remarks(run, faults), *_superfluous(run, faults)]
     if complaint:
         findings.append(f"not a valid OME-Zarr: {complaint}")
     return Report(
@@ -108,6 +111,9 @@ def _wrong(run: Run, faults: Faults) -> Iterator[str]:
             yield f"{index.path.relative_to(run.path)}: {index}; run `refocus recover`"
     for path in faults.strays:
         yield f"{path.relative_to(run.path)}: a plane that nobody vouches for"
+    for path in faults.levels:
+        name = path.relative_to(run.path)
+        yield f"{name}: smaller copies are listed and not there; run `refocus finish`"
     if run.notes.seal is None:  # shapes run ahead until then, and names and steps lag behind
         return
     for path, _ in faults.metadata:
@@ -132,35 +138,46 @@ def _findings(run: Run) -> Iterator[str]:
             _shortfall(counts, seal) if seal else "its writer ended without closing it"
         )
     if seal and counts.unanswered > 0:  # a writer that was killed could not book them
-        yield f"{counts.unanswered} frames have no refocus outcome, though the run was closed"
+        yield f"{_without(counts.unanswered)} refocus outcome, though the run was closed"
     if counts.failed:
-        yield f"{counts.failed} raw frames were not saved: {_reasons(run)}"
+        yield f"{counted(counts.failed, 'raw frame')} not saved: {_reasons(run)}"
     if run.damaged_records:
-        yield f"{len(run.damaged_records)} journal records are damaged: {run.damaged_records[:5]}"
+        numbers = ", ".join(few([str(number) for number in run.damaged_records]))
+        yield f"{counted(len(run.damaged_records), 'journal record')} damaged: number {numbers}"
     if run.notes.unreadable:
-        yield f"{run.notes.unreadable} lines of the journal cannot be read"
+        yield f"{counted(run.notes.unreadable, 'line')} of the journal cannot be read"
     unknown = sum(frame.header is None for frame in run.frames() if _saved(frame))
     if unknown:
-        yield f"{unknown} saved frames have no readable line with their header and tags"
+        yield f"{_without(unknown, 'saved frame')} readable line with header and tags"
 
 
-def _remarks(run: Run) -> Iterator[str]:
+def _remarks(run: Run, faults: Faults) -> Iterator[str]:
     """What is worth knowing of a killed run, and is no loss."""
     if not is_unborn(journal_dir(run.path)):
         yield from (tail.said for tail in torn_tails(journal_dir(run.path)))
     unacknowledged = sum(frame.raw is None for frame in run.frames())
     if unacknowledged:
-        yield f"{unacknowledged} frames came too late to be acknowledged"
+        yield f"{counted(unacknowledged, 'frame')} came too late to be acknowledged"
     if run.notes.seal is None and run.counts.unanswered > 0:
-        yield f"{run.counts.unanswered} frames have no refocus outcome"
-    if run.notes.seal is None and run.counts.received:
-        yield "`refocus recover` closes it as far as it was acknowledged"
+        yield f"{_without(run.counts.unanswered)} refocus outcome"
+    if run.notes.seal is not None or not run.counts.received:
+        return
+    if faults.metadata:
+        yield (
+            "shapes may run ahead of the planes, and metadata are not final: "
+            + ", ".join(few([str(path.relative_to(run.path)) for path, _ in faults.metadata]))
+        )
+    yield "`refocus recover` cuts and writes them, and closes it as far as it was acknowledged"
 
 
 def _shortfall(counts: Counts, seal: SealLine) -> str:
-    wanted = "the frames expected" if seal.expected_frames is None else str(seal.expected_frames)
+    wanted = "an unknown number" if seal.expected_frames is None else str(seal.expected_frames)
     note = f" ({seal.note})" if seal.note else ""
-    return f"{counts.saved} raw planes saved of {wanted}{note}"
+    return f"{counted(counts.saved, 'raw plane')} saved of {wanted}{note}"
+
+
+def _without(frames: int, thing: str = "frame") -> str:
+    return f"{counted(frames, thing)} {'has' if frames == 1 else 'have'} no"
 
 
 def _saved(frame: FrameEntry) -> bool:

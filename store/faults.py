@@ -21,7 +21,8 @@ import numpy as np
 
 from refocus.errors import RunError
 from refocus.frame import Pixels, RawOutcome
-from store import metadata, ome
+from refocus.words import counted
+from store import levels, metadata, ome
 from store.layout import image_dir
 from store.metadata import PairImages
 from store.reader import Run, place_of
@@ -43,12 +44,12 @@ class IndexFault(NamedTuple):
     hidden: int
     """Acknowledged planes that it does not list, so other programs see them black."""
     unknown: int
-    """Planes that it lists and nobody acknowledged."""
+    """Planes that it lists and must not: nobody acknowledged them, or they are lost."""
 
     def __str__(self) -> str:
         parts = [
-            f"{self.hidden} acknowledged planes are hidden" if self.hidden else "",
-            f"{self.unknown} planes are listed that nobody acknowledged" if self.unknown else "",
+            f"{counted(self.hidden, 'acknowledged plane')} hidden" if self.hidden else "",
+            f"{counted(self.unknown, 'plane')} listed that must not be" if self.unknown else "",
         ]
         return ", ".join(filter(None, parts)) or "its index is damaged"
 
@@ -64,6 +65,8 @@ class Faults(NamedTuple):
     """Planes with a file of their own that nobody acknowledged, or that are lost."""
     leftovers: list[Path]
     """Files and folders that nothing needs."""
+    levels: list[Path]
+    """Folders of images whose group lists levels of a pyramid that are not there."""
 
 
 def find_faults(run: Run, pairs: Sequence[Rebuilt]) -> Faults:
@@ -75,11 +78,13 @@ def find_faults(run: Run, pairs: Sequence[Rebuilt]) -> Faults:
     # A hidden folder is what `refocus finish` goes on with.
     leftovers = [path for path in run.path.rglob(".*.partial") if path.is_file()]
     leftovers += [*blank, *_unused_images(run, len(pairs))]
+    images = [image_dir(run.path, image) for image in range(2 * len(pairs))]
     return Faults(
         indices=[*_index_faults(files, slots, blank)],
         metadata=[*metadata.differing(run.path, shown)],
         strays=_strays(run, pairs),
         leftovers=sorted(leftovers, reverse=True),  # what is in a folder before the folder
+        levels=[*filter(levels.are_missing, images)],
     )
 
 

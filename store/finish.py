@@ -11,7 +11,6 @@ its image stale, and finishing again builds that anew.
 """
 
 import contextlib
-import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +29,7 @@ from store.packing import Slot, Source
 from store.planes import PlaneArray
 from store.reader import Run, open_run
 from store.records import Kind
+from store.refused import refused
 
 Progress = Callable[[int, int], None]
 """Called with (planes done, planes in all)."""
@@ -74,7 +74,10 @@ def finish(
     """
     if not is_run(path):
         raise RunError(f"{path}: not a run (it has no folder journal); give a run's folder")
-    lock = WriterLock(journal_dir(path) / LOCK)
+    try:
+        lock = WriterLock(journal_dir(path) / LOCK)
+    except OSError as error:
+        raise refused(path, "not finished", error) from error
     try:
         run = open_run(path)
         if run.notes.seal is None:
@@ -142,10 +145,7 @@ def _finish(number: int, source: Source, compress: bool, tell: Callable[[], None
         for partial in source.folder.glob(".*.partial"):
             with contextlib.suppress(OSError):
                 disk.remove_tree(partial)
-        kind = DiskError if error.errno == errno.ENOSPC else RunError
-        raise kind(
-            f"{source.folder}: not finished ({error}); the run is whole, finish it again"
-        ) from error
+        raise refused(source.folder, "not finished, the run is whole", error) from error
     compressed = bool(source.planes) and compressing.is_compressed(source)
     stored = compressing.compressed_bytes(source) if compressed else source.nbytes
     return FinishedImage(

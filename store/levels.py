@@ -27,6 +27,15 @@ def are_built(source: Source) -> bool:
     return whole and len(_datasets(_group(source.folder))) == count + 1
 
 
+def are_missing(folder: Path) -> bool:
+    """Whether an image's group can be read and lists a level that is not there."""
+    try:
+        names = [dataset["path"] for dataset in _datasets(_group(folder))[1:]]
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return False
+    return any(not (folder / name / "zarr.json").is_file() for name in names)
+
+
 def build(source: Source, tell: Callable[[], None]) -> None:
     """Make what is missing; *tell* is called for every plane. Raises OSError, RunError."""
     wanted = shapes(source)

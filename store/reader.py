@@ -39,6 +39,8 @@ from store.records import Kind, Record, Records, count, crc32c, read_records
 
 T = TypeVar("T")
 
+OUTCOMES_GONE = "is gone: which planes are right cannot be known. Put it back from a copy"
+
 
 class State(enum.StrEnum):
     """What a run is."""
@@ -217,8 +219,18 @@ def open_run(path: Path) -> Run:
         records = read_records(folder / OUTCOMES)  # before the lines: then none is missing
         notes = _read_notes(folder / LINES)
     except OSError as error:
-        raise RunError(f"{path}: its journal cannot be read ({error})") from error
+        if isinstance(error, FileNotFoundError) and _told_by_frames(folder):
+            raise RunError(f"{folder / OUTCOMES} {OUTCOMES_GONE}") from error
+        raise RunError(
+            f"{path}: its journal cannot be read ({error}); run `refocus recover`"
+        ) from error
     return Run(path, held=held, records=records, notes=notes)
+
+
+def _told_by_frames(folder: Path) -> bool:
+    """Whether the journal lacks its outcomes alone: a frame came, and what became of it is gone."""
+    frames = folder / FRAMES
+    return not (folder / OUTCOMES).exists() and frames.exists() and frames.stat().st_size > 0
 
 
 def is_unborn(folder: Path) -> bool:

@@ -18,7 +18,7 @@ they are, the index and the journal say that it is not there.
 
 import contextlib
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ import msgspec
 from refocus.errors import RunError
 from refocus.frame import RefocusOutcome
 from refocus.status import Counts
-from store import disk
+from refocus.words import counted, few, frames
+from store import disk, levels
 from store.durable import Durability
 from store.faults import Faults, find_faults, slots_by_shard
 from store.journal import LOCK, Journal, PairLine
@@ -39,12 +40,11 @@ from store.planes import PlaneArray
 from store.reader import Run, State, is_unborn, open_run
 from store.rebuild import Rebuilt, rebuild
 from store.records import Kind, Record
+from store.refused import refused
 from store.shards import repair_index
 from store.tails import Tail, cut, torn_tails
 from store.verify import LostPlane, Progress, acknowledged, lost_planes
 
-TOLD = 8
-"""Things of one kind that are told one by one."""
 NO_PLANE = "the writer ended before the plane was saved"
 NO_ANSWER = "the writer ended before the answer came"
 NO_RAW = "no raw frame was saved"
@@ -83,7 +83,8 @@ def recover(
     *verify*: read every plane back; otherwise only those that a power cut could have touched.
     Raises LockedError where its writer lives, RunError where *path* is no run, where too little of
     the journal is left to tell planes from rubbish, or where the disk does not take what must be
-    written: then nothing acknowledged is worse than before, and recovering may be begun again.
+    written (DiskError: it is full): then nothing acknowledged is worse than before, and recovering
+    may be begun again.
     """
     if not is_run(path):
         raise RunError(f"{path}: not a run (it has no folder journal); give a run's folder")
@@ -94,7 +95,7 @@ def recover(
             return Recovery(state=State.EMPTY, counts=open_run(path).counts, lost=0, done=())
         return _recover(path, lock, verify, progress)
     except OSError as error:
-        raise RunError(f"{path}: not recovered ({error}); see to it and run it again") from error
+        raise refused(path, "not recovered, nothing is worse than before", error) from error
     finally:
         if lock is not None:
             lock.release()
@@ -144,19 +145,22 @@ class _Work:
         lost = list(lost_planes(run, trust_durable=not verify, progress=progress))
         for plane in lost:
             _book_lost(outcomes, plane)
-        for reason, count in Counter(plane.reason for plane in lost).most_common():
-            self.done.append(f"{count} planes were acknowledged; each {reason}: booked FAILED")
+        self.done += _booked(lost)
         unsaved = sorted(_seqs(run).difference(outcomes.raw))
         for seq in unsaved:
             outcomes.fail_raw(seq, NO_PLANE)
-        self._say(len(unsaved), "frames came too late to be saved: booked FAILED")
+        if unsaved:
+            self.done.append(f"{frames(unsaved)}: came too late to be saved: booked FAILED")
         unanswered = sorted(outcomes.raw.keys() - outcomes.refocus.keys())
         for seq in unanswered:
             if outcomes.raw[seq] is None:
                 outcomes.answer(seq, RefocusOutcome.FAILED, NO_RAW)
             else:
                 outcomes.answer(seq, RefocusOutcome.LOST, NO_ANSWER)
-        self._say(len(unanswered), "frames had no refocus outcome: booked LOST, without raw FAILED")
+        if unanswered:
+            self.done.append(
+                f"{frames(unanswered)}: no refocus outcome: booked LOST, without raw FAILED"
+            )
         self._journal.settle()
         untold = [rebuilt for rebuilt in pairs if rebuilt.known and not rebuilt.told]
         for rebuilt in untold:
@@ -177,6 +181,9 @@ class _Work:
         for path in faults.strays:
             disk.rename(path, path.with_name(f"lost.{path.name}"))
             self._touched(path.parent)
+        for path in faults.levels:
+            if levels.unlist(path):
+                self._touched(path / "zarr.json")
         for path in faults.leftovers:
             _remove(path)
             self._changed.add(path.parent)
@@ -234,10 +241,6 @@ class _Work:
                     "hid planes: written"
                 )
 
-    def _say(self, count: int, what: str) -> None:
-        if count:
-            self.done.append(f"{count} {what}")
-
     def _touched(self, path: Path) -> None:
         self._changed.update((path, path.parent))
 
@@ -248,6 +251,16 @@ def _book_lost(outcomes: Outcomes, plane: LostPlane) -> None:
         outcomes.fail_raw(plane.record.seq, reason)
     else:
         outcomes.answer(plane.record.seq, RefocusOutcome.FAILED, reason)
+
+
+def _booked(lost: list[LostPlane]) -> Iterator[str]:
+    alike: defaultdict[tuple[int, str], list[int]] = defaultdict(list)
+    for plane in lost:
+        alike[plane.record.kind, plane.reason].append(plane.record.seq)
+    for (kind, reason), seqs in alike.items():
+        what = counted(len(seqs), "raw plane" if kind == Kind.RAW else "refocused plane")
+        each = "which" if len(seqs) == 1 else "each of which"
+        yield f"{what} lost, {each} {reason}: booked FAILED: {frames(sorted(seqs))}"
 
 
 def _seqs(run: Run) -> set[int]:
@@ -263,25 +276,22 @@ def _superseded_planes(run: Run) -> int:
 
 
 def _words(run: Path, faults: Faults) -> Iterator[str]:
-    yield from _few([f"{i.path.relative_to(run)}: {i}: index rebuilt" for i in faults.indices])
+    yield from few([f"{i.path.relative_to(run)}: {i}: index rebuilt" for i in faults.indices])
     if faults.metadata:
-        names = ", ".join(_few([str(path.relative_to(run)) for path, _ in faults.metadata]))
+        names = ", ".join(few([str(path.relative_to(run)) for path, _ in faults.metadata]))
         yield f"{names}: missing or not as the planes are: written"
-    yield from _few(
+    yield from few(
         [
             f"{path.relative_to(run)}: a plane that nobody vouches for: now lost.{path.name}"
             for path in faults.strays
         ]
     )
-    yield from _few(
+    yield from few(
         [f"{path.relative_to(run)}: nothing needs it: removed" for path in faults.leftovers]
     )
-
-
-def _few(words: list[str]) -> list[str]:
-    """At most TOLD of them, and how many more there are."""
-    more = len(words) - TOLD
-    return [*words[:TOLD], f"and {more} more"] if more > 0 else words
+    for path in faults.levels:
+        what = "smaller copies were listed and not there: unlisted; `refocus finish` makes them"
+        yield f"{path.relative_to(run)}: {what}"
 
 
 def _remove(path: Path) -> None:

@@ -17,7 +17,7 @@ from store import disk
 from store.journal import FRAMES, LINES, LOCK, OUTCOMES, Journal
 from store.layout import is_run, journal_dir
 from store.lock import WriterLock
-from store.reader import Run, open_run
+from store.reader import OUTCOMES_GONE, Run, open_run
 from store.records import (
     RECORD_BYTES,
     file_header,
@@ -25,6 +25,7 @@ from store.records import (
     sound_records,
     version_of,
 )
+from store.refused import refused
 
 _NOTHING_LOST = "it acknowledged nothing"
 
@@ -70,7 +71,7 @@ def resume(path: Path) -> tuple[Run, Journal]:
                 raise RunError(f"{path}: was not closed; run `refocus recover` first")
             journal = Journal.reopen(folder, lock, run.all_records.count)
         except OSError as error:
-            raise RunError(f"{path}: cannot be reopened ({error})") from error
+            raise refused(path, "cannot be opened for writing", error) from error
         held.pop_all()
     return run, journal
 
@@ -90,9 +91,7 @@ def cut(tail: Tail) -> None:
 def _outcomes_tail(folder: Path) -> Tail | None:
     path = folder / OUTCOMES
     if not path.exists() and (folder / FRAMES).exists() and (folder / FRAMES).stat().st_size:
-        raise RunError(
-            f"{path} is gone: which planes are right cannot be known. Put it back from a copy"
-        )
+        raise RunError(f"{path} {OUTCOMES_GONE}")
     content = path.read_bytes() if path.exists() else b""
     if len(content) < RECORD_BYTES or file_header().startswith(content.rstrip(b"\0")):
         if content == file_header():

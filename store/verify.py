@@ -7,7 +7,8 @@ plane is asked for while the checksum of this one is computed.
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from io import FileIO
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from refocus.errors import RunError
 from refocus.frame import RawOutcome, RefocusOutcome
+from refocus.words import TOLD, counted, frames
 from store.planes import PlaneArray
 from store.reader import Run
 from store.records import Kind, Record, crc32c
@@ -41,6 +43,23 @@ class LostPlane(NamedTuple):
     def __str__(self) -> str:
         r, detail = self.record, f" ({self.detail})" if self.detail else ""
         return f"frame {r.seq}: plane {r.image}/t{r.t}/c{r.c}/z{r.z} {self.reason}{detail}"
+
+
+def told(lost: Iterable[LostPlane]) -> Iterator[str]:
+    """What became of these planes: one by one where they are few, alike ones in one line.
+
+    What one damaged file costs is alike, be it ten thousand planes.
+    """
+    alike: defaultdict[tuple[int, str, str], list[LostPlane]] = defaultdict(list)
+    for plane in lost:
+        alike[plane.record.image, plane.reason, plane.detail].append(plane)
+    for (image, reason, detail), planes in alike.items():
+        if len(planes) <= (1 if detail else TOLD):
+            yield from map(str, planes)
+            continue
+        seqs = frames([plane.record.seq for plane in planes])
+        why = f" ({detail})" if detail else ""
+        yield f"image {image}: each of {counted(len(planes), 'plane')} {reason}{why}: {seqs}"
 
 
 def acknowledged(run: Run) -> list[Record]:

@@ -21,3 +21,8 @@ def small_disk(folder: Path, mib: int) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", str(folder)], check=True)
+
+
+def make_read_only(folder: Path) -> None:
+    """Let the small disk at *folder* be read only from here on."""
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from refocus.frame import RefocusOutcome
 from store.check import check
 from store.reader import State, open_run
 from store.records import RECORD_BYTES
+from store.recover import recover
 from store.writer import Provenance, RunWriter
 
 FRAMES = 4
@@ -56,7 +58,7 @@ def test_a_whole_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
         0,
         {
             "state": "complete",
-            "raw": {"acknowledged": 4, "readable": 4, "damaged": 0},
+            "raw": {"acknowledged": 4, "readable": 4, "damaged": 0, "failed": 0},
             "refocus": {
                 "refocused": 2,
                 "skipped": 1,
@@ -67,6 +69,8 @@ def test_a_whole_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
             },
             "generator": "fluorescence 1.2 (0123456789ab)",
             "valid_ome_zarr": True,
+            "findings": [],
+            "notes": [],
         },
     )
     assert main(["check", str(run)]) == 0
@@ -90,14 +94,14 @@ DAMAGE: list[tuple[Callable[[Path], object], int, str]] = [
     (lambda run: flip(plane(run), 100), 1, "does not fit its checksum"),
     (lambda run: plane(run).unlink(), 4, "not there any more"),
     (lambda run: plane(run).write_bytes(b"short"), 4, "not there any more"),
-    (lambda run: flip(plane(run), -20), 0, "4 acknowledged planes are hidden"),
+    (lambda run: flip(plane(run), -20), 0, "4 acknowledged planes hidden"),
     (lambda run: (run / "OME/METADATA.ome.xml").write_text("<"), 0, "not as it should be"),
     (lambda run: (run / "0/0/zarr.json").write_text("{"), 4, "cannot be read as a run's array"),
     (lambda run: flip(plane(run, 1), 0), 0, "does not fit its checksum"),
     (lambda run: (run / "1/zarr.json").unlink(), 0, "not a valid OME-Zarr"),
-    (lambda run: flip(run / "journal/outcomes.bin", 5 * RECORD_BYTES), 0, "records are damaged"),
+    (lambda run: flip(run / "journal/outcomes.bin", 5 * RECORD_BYTES), 0, "record damaged"),
     (lambda run: (run / "journal/frames.jsonl").write_text("{}\n"), 0, "header and tags"),
-    (lambda run: flip(run / "journal/run.jsonl", 0), 0, "lines of the journal cannot be read"),
+    (lambda run: flip(run / "journal/run.jsonl", 0), 0, "1 line of the journal cannot be read"),
 ]
 
 
@@ -111,6 +115,35 @@ def test_damage_is_found(
     assert report.raw.acknowledged == report.raw.readable + planes
     assert any(finding in found for found in report.findings), report.findings
     assert main(["check", str(run)]) == 1
+
+
+def test_one_torn_file_is_one_finding_however_many_planes_it_costs(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "0/0/zarr.json").write_text("{")
+    code, answer = as_json(run, capsys)
+    assert (code, answer["raw"]["readable"]) == (1, 0)
+    (finding,) = (found for found in answer["findings"] if "frames 0, 1, 2, 3" in found)
+    assert "0/0/zarr.json: cannot be read" in finding
+    assert "run `refocus recover`" in finding
+
+
+def test_a_killed_run_says_what_recovering_will_write(tmp_path: Path) -> None:
+    writer = fill(start(tmp_path / "run"))
+    shutil.copytree(tmp_path / "run", tmp_path / "killed")
+    writer.close(complete=True, expected_frames=FRAMES)
+    (said,) = (note for note in check(tmp_path / "killed").remarks if "not final" in note)
+    assert "0/0/zarr.json" in said
+    (done,) = (what for what in recover(tmp_path / "killed").done if "not as the planes" in what)
+    assert said.partition(": ")[2] == done.partition(": ")[0]
+
+
+def test_without_a_validator_it_says_so(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "yaozarrs", None)
+    assert main(["check", str(run)]) == 0
+    assert "not checked (yaozarrs is not installed)" in capsys.readouterr().out
 
 
 def test_a_shape_that_hides_planes_is_found(run: Path) -> None:
@@ -138,7 +171,7 @@ def test_a_live_run_and_one_with_a_failed_frame(
     assert main(["check", str(tmp_path / "run")]) == 1
     said = capsys.readouterr().out
     assert "4 raw planes saved of 5" in said
-    assert "1 raw frames were not saved: 1 x the raw queue was full" in said
+    assert "1 raw frame not saved: 1 x the raw queue was full" in said
 
 
 def test_torn_tails_are_said_and_are_no_loss(run: Path) -> None:
@@ -163,7 +196,7 @@ def test_a_frame_without_refocus_outcome_is_a_finding_once_the_run_is_closed(
     writer.close(complete=True, expected_frames=FRAMES + 1)
     assert open_run(tmp_path / "run").state == State.COMPLETE, "no raw frame is missing"
     (finding,) = check(tmp_path / "run").findings
-    assert finding.startswith("1 frames have no refocus outcome")
+    assert finding.startswith("1 frame has no refocus outcome")
     assert main(["check", str(tmp_path / "run")]) == 1
 
 
@@ -191,13 +224,14 @@ def test_a_writer_killed_while_it_made_its_files_leaves_an_empty_run(
 @pytest.mark.parametrize("name", ["outcomes.bin", "run.jsonl"])
 def test_a_run_that_lost_a_file_of_its_journal_is_not_called_empty(run: Path, name: str) -> None:
     (run / "journal" / name).unlink()
-    with pytest.raises(RunError, match="journal cannot be read"):
+    said = "is gone: .* Put it back from a copy" if name == "outcomes.bin" else "cannot be read"
+    with pytest.raises(RunError, match=said):
         open_run(run)
 
 
 def test_a_lost_list_of_frames_is_a_finding(run: Path) -> None:
     (run / "journal" / "frames.jsonl").unlink()
-    assert "4 saved frames have no readable line with their header and tags" in check(run).findings
+    assert "4 saved frames have no readable line with header and tags" in check(run).findings
 
 
 def test_no_run_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

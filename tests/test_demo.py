@@ -63,7 +63,7 @@ def test_the_demo_says_what_became_of_every_frame(tmp_path: Path) -> None:
     assert checked.returncode == 0, checked.stderr
     report = json.loads(checked.stdout)
     assert report["state"] == "complete"
-    assert report["raw"] == {"acknowledged": FRAMES, "readable": FRAMES, "damaged": 0}
+    assert report["raw"] == {"acknowledged": FRAMES, "readable": FRAMES, "damaged": 0, "failed": 0}
     assert report["refocus"]["refocused"] == summary["refocused"]
 
 

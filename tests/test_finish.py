@@ -24,6 +24,7 @@ from store.pyramid import halved
 from store.reader import open_run
 from store.recover import recover
 from store.writer import Provenance, RunWriter
+from tests.small_disk import make_read_only, small_disk
 
 SHAPE = (300, 521)
 T, Z = 3, 2
@@ -342,3 +343,35 @@ def test_the_command_says_what_it_did(run: Path, capsys: pytest.CaptureFixture[s
     assert "nothing to do" in said
     assert "0: 6 planes; smaller copies: 261x150, 131x75; compressed from" in said
     assert "note: 3 planes have no twin yet; after refocus fill, finish again" in said
+
+
+@pytest.mark.parametrize("command", ["finish", "recover"])
+def test_a_run_on_a_disk_that_is_read_only_is_one_line(
+    tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with small_disk(tmp_path / "disk", mib=16) as disk:
+        write(disk / "run").close(complete=True, expected_frames=FRAMES)
+        make_read_only(disk)
+        assert main([command, str(disk / "run")]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "cannot be written to" in said
+    assert "make it writable" in said
+
+
+def test_a_level_that_is_gone_is_found_and_made_anew(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish(run)
+    before = contents(run)
+    shutil.rmtree(run / "0" / "1")
+    monkeypatch.setitem(sys.modules, "yaozarrs", None)
+    (finding,) = check(run).findings
+    assert finding.startswith("0: smaller copies are listed and not there")
+    assert any("refocus finish" in done for done in recover(run).done)
+    assert not check(run).findings
+    assert not recover(run).done
+    finish(run)
+    assert {name: content for name, (content, _) in contents(run).items()} == {
+        name: content for name, (content, _) in before.items()
+    }

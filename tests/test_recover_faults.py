@@ -15,7 +15,7 @@ from faulty_os import Call, FaultyOs, dies_at, in_a_child, needs_fork, quick_fol
 from short_run import TWIN, assert_recovers, snapshot
 from store_runs import pixels, start
 
-from refocus.errors import RunError
+from refocus.errors import DiskError, RunError
 from store import disk, durable, shards
 from store.check import check
 from store.reader import Run, open_run
@@ -180,7 +180,7 @@ def test_recovering_on_a_full_disk_says_so_and_goes_on_when_there_is_room(
     damage_all(path)
     with monkeypatch.context() as full:
         full.setattr(disk, "os", FaultyOs(fill_up))
-        with pytest.raises(RunError, match=r"not recovered .*No space left"):
+        with pytest.raises(DiskError, match=r"not recovered.*No space left"):
             recover(path)
     run = assert_recovers(path)
     assert short_run.planes(run).keys() == set(RECORDS[1:3])
@@ -239,7 +239,7 @@ def test_a_damaged_record_in_the_middle_stays_and_its_plane_becomes_absent(
     run = open_run(path)
     assert run.damaged_records == [0]
     assert short_run.planes(run).keys() == set(RECORDS[1:3])
-    assert "1 journal records are damaged" in str(check(path).findings)
+    assert "1 journal record damaged" in str(check(path).findings)
     short_run.assert_open_to_all(path, exactly=True)
 
 

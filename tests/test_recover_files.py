@@ -121,7 +121,7 @@ def test_a_shard_index_lists_what_was_acknowledged(
     before = path.read_bytes()
     path.write_bytes(before[:end] + damage(before[end:]))
     report = check(sealed)
-    assert any("2 acknowledged planes are hidden" in found for found in report.findings)
+    assert any("2 acknowledged planes hidden" in found for found in report.findings)
     assert report.raw.damaged == 0
     assert_recovers(sealed)
     assert path.read_bytes() == before
@@ -134,7 +134,7 @@ def test_a_plane_that_nobody_acknowledged_is_taken_from_the_index(sealed: Path) 
     shards.repair_index(path, grid, range(4))
     report = check(sealed)
     assert not report.findings
-    assert report.remarks == ("0/0/c.0.0.0.0.0: 2 planes are listed that nobody acknowledged",)
+    assert report.remarks == ("0/0/c.0.0.0.0.0: 2 planes listed that must not be",)
     assert_recovers(sealed)
     assert path.read_bytes() == before
 

@@ -84,9 +84,13 @@ def _show_progress(done: int, total: int) -> None:
     print(f"\r{done} of {total} planes read", end=end, file=sys.stderr, flush=True)
 
 
+def _not_checked(report: "Report") -> str:
+    return f"not checked ({'yaozarrs is not installed' if report.counts.saved else 'no plane'})"
+
+
 def _summary(path: Path, report: "Report") -> str:
     raw, counts = report.raw, report.counts
-    valid = {True: "yes", False: "no", None: "not checked"}[report.valid_ome_zarr]
+    valid = {True: "yes", False: "no", None: _not_checked(report)}[report.valid_ome_zarr]
     lines = [
         f"{path}: {report.state}",
         f"  raw        {raw.acknowledged} saved, {raw.readable} read back unchanged, "
