@@ -8,8 +8,8 @@ recover` knows which planes a power cut cannot have touched.
 Nothing that acknowledges a plane waits for this. Three quarters of a second between two rounds, and
 what a round takes, is what a power cut may cost.
 
-A disk that fails while it syncs may have dropped what it was given, and would not say so a second
-time. From then on nothing counts as durable, and `trouble` says why.
+A disk that fails while it syncs, or as a file is closed, may have dropped what it was given, and
+would not say so a second time. From then on nothing counts as durable, and `trouble` says why.
 """
 
 import threading
@@ -47,6 +47,10 @@ class Durability:
         with self._lock:
             self._changed.add(path)
 
+    def fail(self, error: OSError) -> None:
+        """Any thread. What was written may be lost: from now on nothing becomes durable."""
+        self.trouble = self.trouble or str(error)
+
     def sync(self) -> None:
         """Make everything up to now durable. Raises OSError, now and from then on."""
         with self._round:  # what another round has taken upon itself is not durable before its end
@@ -58,7 +62,7 @@ class Durability:
                 for path in (*sorted(changed, reverse=True), *self._journal):
                     disk.sync(path)
             except OSError as error:
-                self.trouble = self.trouble or str(error)
+                self.fail(error)
             if self.trouble:
                 raise OSError(f"what was written may not be on the disk: {self.trouble}")
             self.durable = records

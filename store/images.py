@@ -69,17 +69,19 @@ class Images:
         placed: list[Pair],
         stack_planes: int | None,
         on_change: Callable[[Path], None],
+        on_error: Callable[[OSError], None],
     ) -> None:
         """*placed* are the pairs in order of appearance; the caller appends to it.
 
         *stack_planes*: planes along z that come one after the other; None: not known.
-        *on_change(path)*, from any thread, hears what is not durable as it is now.
+        *on_change(path)*, from any thread, hears what is not durable as it is now, *on_error* that
+        something written earlier may be lost.
         """
         self._run = run
         self._placed = placed
         self._stack_planes = stack_planes
         self._on_change = on_change
-        self._shards = Shards(journal_dir(run), on_change)
+        self._shards = Shards(journal_dir(run), on_change, on_error)
         self._pairs: list[_PairOnDisk] = []
         self._lane = Lane("refocus-lane")
 

@@ -142,8 +142,8 @@ class AppendFile:
     def close(self) -> None:
         """Close the file. A second call does nothing."""
         if self._descriptor is not None:
-            disk.close(self._descriptor)
-            self._descriptor = None
+            descriptor, self._descriptor = self._descriptor, None
+            disk.close(descriptor)
 
 
 class Journal:

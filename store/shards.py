@@ -231,20 +231,30 @@ class _Shard:
         return slot * self._grid.stride
 
     def close(self) -> None:
-        disk.close(self._file)
-        if self._direct is not None:
-            disk.close(self._direct)
+        try:
+            disk.close(self._file)
+        finally:
+            if self._direct is not None:
+                disk.close(self._direct)
 
 
 class Shards:
     """All shards of a run open for writing. One thread stages, one at a time does the rest.
 
-    *on_change(path)* hears of every file and folder that is not durable as it is now.
+    *on_change(path)* hears of every file and folder that is not durable as it is now. *on_error*
+    hears that a file could not be closed: a network share may say only then that it has lost what
+    was written, of planes acknowledged long ago.
     """
 
-    def __init__(self, folder: Path, on_change: Callable[[Path], None] = lambda path: None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        on_change: Callable[[Path], None] = lambda path: None,
+        on_error: Callable[[OSError], None] = lambda error: None,
+    ) -> None:
         """*folder*, on the same file system, is where it is tried out what that can do."""
         self.changed = on_change
+        self._on_error = on_error
         self.sparse = disk.has_sparse_files(folder)
         """Without sparse files a shard takes all its room at once: better none."""
         self._direct = disk.takes_direct_writes(folder)
@@ -291,14 +301,14 @@ class Shards:
     def remove(self, path: Path) -> None:
         """Remove a shard. Raises OSError."""
         if path in self._open:
-            self._open.pop(path).close()
+            self._put_away(self._open.pop(path))
         disk.remove(path)
         self.changed(path.parent)
 
     def close(self) -> None:
         """Close all files. A later `put` opens its own again."""
         while self._open:
-            self._open.popitem()[1].close()
+            self._put_away(self._open.popitem()[1])
 
     def _shard(self, path: Path, grid: Grid) -> _Shard:
         shard = self._open.get(path)
@@ -306,9 +316,15 @@ class Shards:
             shard = self._open[path] = _Shard(path, grid, direct=self._goes_direct(grid))
             self.changed(path.parent)
             if len(self._open) > MAX_OPEN:
-                self._open.popitem(last=False)[1].close()
+                self._put_away(self._open.popitem(last=False)[1])
         self._open.move_to_end(path)
         return shard
+
+    def _put_away(self, shard: _Shard) -> None:
+        try:
+            shard.close()
+        except OSError as error:
+            self._on_error(error)
 
     def _goes_direct(self, grid: Grid) -> bool:
         return self._direct and grid.plane_bytes >= DIRECT_FROM_BYTES

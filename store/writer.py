@@ -16,6 +16,7 @@ returns (store/underway.py).
 All calls come from one thread. Readers may open the run at any moment (store/reader.py).
 """
 
+import contextlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,7 +62,13 @@ class RunWriter:
         self._durability = Durability(journal.files, lambda: journal.count)
         for folder in (path.parent, path, journal_dir(path)):
             self._durability.changed(folder)
-        self._images = Images(path, self._placer.pairs, stack_planes, self._durability.changed)
+        self._images = Images(
+            path,
+            self._placer.pairs,
+            stack_planes,
+            self._durability.changed,
+            self._durability.fail,
+        )
         self._channels_told: dict[int, int] = {}  # pair -> channels of its last PairLine
         self._outcomes = Outcomes(journal)
         self._underway = Underway(self._outcomes, journal, self._durability)
@@ -247,28 +254,29 @@ class RunWriter:
     def _end(self, complete: bool, expected_frames: int | None, note: str) -> Counts:
         self.settle()
         try:
-            self._journal.settle()
-            if self._seal is None:
-                self._images.finish()
-            else:
-                self._images.trim()
-            self._images.close()
-            self._durability.sync()
-            self._underway.mark()
-            self._outcomes.seal(complete=complete, expected_frames=expected_frames, note=note)
-            self._durability.sync()
+            with contextlib.ExitStack() as last:
+                last.callback(self._leave)
+                self._journal.settle()
+                if self._seal is None:
+                    self._images.finish()
+                else:
+                    self._images.trim()
+                self._images.close()
+                self._durability.sync()
+                self._underway.mark()
+                self._outcomes.seal(complete=complete, expected_frames=expected_frames, note=note)
+                self._durability.sync()
         except OSError as error:
             what = f"{self.path}: not sealed ({describe(error)}); run `refocus recover`"
             raise RunError(what) from error
-        finally:
-            self._leave()
         return self.counts()
 
     def _leave(self) -> None:
-        """End the threads, close all files, give the lock back."""
-        self._images.close()
-        self._durability.close()
-        self._journal.close()
+        """End the threads, close all files, give the lock back. Raises OSError, after all that."""
+        with contextlib.ExitStack() as last:
+            last.callback(self._journal.close)
+            last.callback(self._durability.close)
+            self._images.close()
 
     def _adopt(self, run: Run) -> None:
         """Take over what the run has; its raw planes are all there are."""

@@ -1,12 +1,20 @@
 """However a run ends: its threads end, its files are closed, its lock is given back."""
 
+import errno
 import os
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
+import pytest
+from store_runs import frame, start
+
+from refocus.errors import RunError
+from store import disk, shards
 from store.reader import State, open_run
+from store.recover import recover
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -59,3 +67,41 @@ def test_a_run_that_nobody_closes_keeps_no_program_from_ending(tmp_path: Path) -
     found = open_run(tmp_path / "run")
     assert found.state == State.INCOMPLETE
     assert found.counts.saved == 1
+
+
+def test_errors_of_closing_files_leave_no_thread_and_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network share over its quota says so when a file is closed."""
+    path = tmp_path / "run"
+    run = start(path)
+    for seq in range(3):
+        run.write_raw(frame(seq, {"position": seq}), {})
+    with monkeypatch.context() as full:
+        full.setattr(disk, "close", close_and_complain)
+        with pytest.raises(RunError, match=r"not sealed .*quota"):
+            run.close(complete=True, expected_frames=3)
+    assert not [t for t in threading.enumerate() if t.name.startswith("refocus")]
+    assert open_run(path).notes.seal is None
+    recover(path)
+    assert open_run(path).counts.saved == 3
+
+
+def test_a_file_that_cannot_be_closed_costs_no_plane_but_nothing_is_durable_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "MAX_OPEN", 2)
+    run = start(tmp_path / "run")
+    with monkeypatch.context() as full:
+        full.setattr(disk, "close", close_and_complain)
+        for seq in range(4):
+            run.write_raw(frame(seq, {"position": seq}), {})
+    assert "quota" in run.sync_trouble
+    with pytest.raises(RunError, match=r"not sealed .*may not be on the disk: .*quota"):
+        run.close(complete=True, expected_frames=4)
+    assert open_run(tmp_path / "run").counts.saved == 4
+
+
+def close_and_complain(descriptor: int) -> None:
+    os.close(descriptor)
+    raise OSError(errno.EDQUOT, "quota exceeded")
