@@ -67,13 +67,15 @@ def export(
     """Copy the run at *path* to the new folder *out*; a damaged plane is left out and said.
 
     Raises SettingsError for an *out* that cannot be, RunError where there is nothing to copy or it
-    cannot be written, DiskError where it does not fit.
+    cannot be written, or where the metadata of an array are damaged: not a plane of it could be
+    had, though all may be there. DiskError where it does not fit.
     """
     _check_out(path, out, target)
     run = open_run(path)
     found = images(run, what)
     if not found:
         raise RunError(f"{path}: has no {' or '.join(what)} plane to export")
+    _require_arrays(run, found)
     partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -104,8 +106,16 @@ def _check_out(path: Path, out: Path, target: Target) -> None:
     if target == "ome-zarr-0.4" and out.suffix != ".zarr":
         raise SettingsError(
             f"{out}: Bio-Formats knows an OME-Zarr by its name alone; "
-            f"give one that ends in .ome.zarr"
+            "give one that ends in .zarr, such as NAME.ome.zarr"
         )
+
+
+def _require_arrays(run: Run, found: list[ExportImage]) -> None:
+    for image in found:
+        try:
+            run.array(image.number)
+        except RunError as error:
+            raise RunError(f"{error}; run `refocus recover`, then export again") from error
 
 
 def _require_new(out: Path) -> None:

@@ -62,6 +62,11 @@ class ExportImage:
     """Slots whose plane could not be read, with the reason; grows while planes are read."""
 
     @property
+    def number(self) -> int:
+        """Of the run's image."""
+        return 2 * self.pair.pair + (self.what == "refocused")
+
+    @property
     def name(self) -> str:
         """For people: run, pair, and what it is."""
         parts = [self.run.path.resolve().name, self.pair.name, self.what]

@@ -325,7 +325,7 @@ def test_a_damaged_plane_is_left_out_and_said(
     out = tmp_path / "out.ome.zarr"
     assert main(["export", str(run), "--to", target, "--out", str(out), "--what", "raw"]) == 1
     said = capsys.readouterr().out
-    assert "1 planes damaged, zeros: t1/c0/z2" in said
+    assert "1 plane damaged, zeros: t1/c0/z2" in said
     assert "does not fit its checksum" in said
     expected = stack(0)
     expected[1, 0, 2] = 0
@@ -337,6 +337,26 @@ def test_a_damaged_plane_is_left_out_and_said(
         copy = group(out / "0")
         np.testing.assert_array_equal(copy["0"][:], expected)
         assert copy.attrs.asdict()["refocus"]["damaged_planes"] == [[1, 0, 2]]
+
+
+def test_an_array_that_cannot_be_read_is_recovered_first(run: Path, tmp_path: Path) -> None:
+    (run / "1/0/zarr.json").write_text("{")
+    export(run, tmp_path / "raw", "ome-tiff", what=("raw",))
+    with pytest.raises(RunError, match=r"1/0/zarr\.json: cannot be read.* run `refocus recover`"):
+        export(run, tmp_path / "both", "ome-tiff")
+    assert recover(run).lost == 0
+    assert not export(run, tmp_path / "both", "ome-tiff").damage
+
+
+def test_many_damaged_planes_are_told_in_few_lines(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seq in range(PLANES):
+        damage(run, seq)
+    assert main(["export", str(run), "--to", "ome-tiff", "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().out
+    assert f"found: and {PLANES - 8} more" in said
+    assert "run `refocus recover`" in said
 
 
 def test_a_twin_without_its_raw_plane_is_copied(run: Path, tmp_path: Path) -> None:

@@ -342,7 +342,7 @@ def test_the_command_says_what_it_did(run: Path, capsys: pytest.CaptureFixture[s
     said = capsys.readouterr().out
     assert "nothing to do" in said
     assert "0: 6 planes; smaller copies: 261x150, 131x75; compressed from" in said
-    assert "note: 3 planes have no twin yet; after refocus fill, finish again" in said
+    assert "note: 3 planes without a twin yet; after refocus fill, finish again" in said
 
 
 @pytest.mark.parametrize("command", ["finish", "recover"])

@@ -145,7 +145,9 @@ def test_a_damaged_plane_becomes_absent(sealed: Path, capsys: pytest.CaptureFixt
     assert main(["recover", str(sealed), "--json"]) == 1
     said = json.loads(capsys.readouterr().out)
     assert (said["lost"], said["saved"], said["refocused"]) == (2, 5, 3)
-    assert "does not fit its checksum" in said["done"][0]
+    assert "1 raw plane lost, which does not fit its checksum" in said["done"][0]
+    assert said["done"][0].endswith("booked FAILED: frame 1")
+    assert said["done"][1].endswith("booked FAILED: frame 2")
     run = assert_recovers(sealed)
     assert main(["recover", str(sealed)]) == 1, "they are still lost"
     assert run.raw(1) is None

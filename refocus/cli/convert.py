@@ -1,7 +1,8 @@
 """Commands that convert a run: `refocus export`, `refocus finish`.
 
-Exit codes: 0 all of it, 1 damaged planes were left out, 2 usage, 3 the disk is too full, 4 the run
-has a writer.
+Exit codes of export: 0 all of it, 1 damaged planes were left out or nothing could be made, 2 usage,
+3 the disk is too full. Of finish: 0 finished, 1 not (never closed, a damaged plane, a disk that is
+read-only), 2 usage, 3 the disk is too full, 4 the run has a writer.
 """
 
 import argparse
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from refocus.errors import SettingsError
+from refocus.words import counted, few
 
 if TYPE_CHECKING:
     from store.export import Export, Exported
@@ -37,10 +39,14 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--to",
         required=True,
         choices=("ome-tiff", "ome-zarr-0.4"),
-        help="ome-tiff: a folder with one file an image; ome-zarr-0.4: one folder NAME.ome.zarr",
+        help="ome-tiff: a folder with one file an image; ome-zarr-0.4: one folder",
     )
     export.add_argument(
-        "--out", required=True, metavar="PATH", type=Path, help="a new folder for the copy"
+        "--out",
+        required=True,
+        metavar="PATH",
+        type=Path,
+        help="a new folder for the copy; of an OME-Zarr its name must end in .zarr",
     )
     export.add_argument(
         "--what",
@@ -116,14 +122,15 @@ def _finished(path: Path, done: "Finish") -> str:
     lines = [f"{path}: {'finished' if new else 'nothing to do'}"]
     for image in done.images:
         sizes = ", ".join(f"{x}x{y}" for y, x in image.levels) or "none, its planes are small"
-        line = f"  {image.image}: {image.planes} planes; smaller copies: {sizes}"
+        line = f"  {image.image}: {counted(image.planes, 'plane')}; smaller copies: {sizes}"
         if image.compressed:
             before, after = image.plane_bytes / 2**20, image.stored_bytes / 2**20
             line += f"; compressed from {before:.1f} to {after:.1f} MiB"
         lines.append(line)
     if done.fillable:
         lines.append(
-            f"  note: {done.fillable} planes have no twin yet; after refocus fill, finish again"
+            f"  note: {counted(done.fillable, 'plane')} without a twin yet; after refocus fill, "
+            "finish again"
         )
     return "\n".join(lines)
 
@@ -133,17 +140,21 @@ def _summary(done: "Export") -> str:
     for image in done.images:
         lines.append(f"  {Path(image.path).name}: {image.image}, {_extent(image)}")
         if image.absent:
-            lines.append(f"    {len(image.absent)} planes absent, zeros: {_slots(image.absent)}")
+            absent = counted(len(image.absent), "plane")
+            lines.append(f"    {absent} absent, zeros: {_slots(image.absent)}")
         if image.damaged:
-            lines.append(f"    {len(image.damaged)} planes damaged, zeros: {_slots(image.damaged)}")
-    lines += [f"  found: {reason}" for reason in done.damage]
+            damaged = counted(len(image.damaged), "plane")
+            lines.append(f"    {damaged} damaged, zeros: {_slots(image.damaged)}")
+    lines += [f"  found: {reason}" for reason in few(done.damage)]
+    if done.damage:
+        lines.append("  found: run `refocus recover`, which books the planes that are lost")
     lines += [f"  note: {note}" for note in done.notes]
     return "\n".join(lines)
 
 
 def _extent(image: "Exported") -> str:
     t, c, z, y, x = image.shape
-    return f"{image.planes} planes of {x}x{y} px (t {t}, c {c}, z {z})"
+    return f"{counted(image.planes, 'plane')} of {x}x{y} px (t {t}, c {c}, z {z})"
 
 
 def _slots(slots: tuple[tuple[int, int, int], ...]) -> str:
