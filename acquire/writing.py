@@ -8,11 +8,12 @@ and the thread goes on: the next frame may be writable, and the journal must hea
 After every plane the disk guard is asked whether the run must stop.
 """
 
+import contextlib
 import functools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import astuple
 
 from acquire.intake import Intake
@@ -90,22 +91,30 @@ class Writing:
 
     def _work(self) -> None:
         while (item := self._intake.take(self._settle)) is not None:
-            try:
+            with self._surviving():
                 self._put(item)
-                self._see_to_settled()
-            except Exception as error:  # noqa: BLE001 - one plane must not cost all that follow
-                self._on_trouble(f"the run on disk: {_cause(error)}")
+            self._see_to_settled()
         self._settle()
+
+    @contextlib.contextmanager
+    def _surviving(self) -> Iterator[None]:
+        """Tell what goes wrong within."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - one plane must not cost all that follow
+            self._on_trouble(f"the run on disk: {_cause(error)}")
 
     def _settle(self) -> None:
         """Wait until every plane that was put is acknowledged or booked FAILED."""
-        self._run.settle()
+        with self._surviving():
+            self._run.settle()
         self._see_to_settled()
 
     def _see_to_settled(self) -> None:
         while self._under_way and self._under_way[0][0].settled:
             pending, done = self._under_way.popleft()
-            done(pending.error)
+            with self._surviving():
+                done(pending.error)
 
     def _put(self, item: Item) -> None:
         match item:
@@ -134,12 +143,14 @@ class Writing:
             self._under_way.append((pending, functools.partial(self._raw_done, arrival)))
 
     def _raw_done(self, arrival: Arrival, error: RunError | None) -> None:
-        if error:
-            self._unsaved.add(arrival.frame.header.seq)
-            self._on_raw_failure(_cause(error))
-        else:
-            self._on_raw_saved(arrival.frame.pixels.nbytes)
-        self._intake.settled(arrival)
+        try:
+            if error:
+                self._unsaved.add(arrival.frame.header.seq)
+                self._on_raw_failure(_cause(error))
+            else:
+                self._on_raw_saved(arrival.frame.pixels.nbytes)
+        finally:
+            self._intake.settled(arrival)
         self._watch_disk(arrival.frame.pixels.nbytes)
 
     def _answer(self, answer: Answer) -> None:

@@ -60,10 +60,12 @@ class DiskGuard:
         """None where the file system does not say: then the writes themselves will."""
         folder = self._folder.absolute()
         try:
-            existing = next(path for path in (folder, *folder.parents) if path.exists())
-            return shutil.disk_usage(existing).free
+            for path in (folder, *folder.parents):
+                if path.exists():
+                    return shutil.disk_usage(path).free
         except OSError:
             return None
+        return None  # on Windows a whole drive may be gone
 
 
 def _size(nbytes: int) -> str:
