@@ -67,15 +67,15 @@ class Underway:
             self.settle_oldest()
 
     def settle_oldest(self) -> None:
-        """Wait for the plane that was put first."""
-        pending = self._pending.popleft()
-        record = pending.record
+        """Wait for the plane that was put first. Interrupted by Ctrl-C, it can be done again."""
+        pending = self._pending[0]
         try:
             pending.put.done.result()
-            self._outcomes.acknowledge(record)
+            self._outcomes.acknowledge(pending.record)
         except Exception as error:  # noqa: BLE001  # whatever it was, no frame may vanish unbooked
             self._fail(pending, error)
         pending.settled = True
+        self._pending.popleft()
         self.mark()
 
     def mark(self) -> None:

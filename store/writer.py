@@ -252,10 +252,10 @@ class RunWriter:
         return self._end(self._seal.complete, self._seal.expected_frames, self._seal.note)
 
     def _end(self, complete: bool, expected_frames: int | None, note: str) -> Counts:
-        self.settle()
         try:
             with contextlib.ExitStack() as last:
                 last.callback(self._leave)
+                self.settle()
                 self._journal.settle()
                 if self._seal is None:
                     self._images.finish()

@@ -105,3 +105,35 @@ def test_a_file_that_cannot_be_closed_costs_no_plane_but_nothing_is_durable_any_
 def close_and_complain(descriptor: int) -> None:
     os.close(descriptor)
     raise OSError(errno.EDQUOT, "quota exceeded")
+
+
+def test_ctrl_c_while_a_plane_is_waited_for_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(tmp_path / "run")
+    pending = run.put_raw(frame(0, {"time": 0}), {})
+    with monkeypatch.context() as waiting:
+        waiting.setattr(pending.put.done, "result", press_ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            run.settle()
+    counts = run.close(complete=True, expected_frames=1)
+    assert (counts.saved, counts.failed) == (1, 0)
+    assert open_run(tmp_path / "run").state == State.COMPLETE
+
+
+def test_ctrl_c_while_a_run_is_closed_leaves_no_thread_and_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(tmp_path / "run")
+    run.write_raw(frame(0, {"time": 0}), {})
+    pending = run.put_raw(frame(1, {"time": 1}), {})
+    monkeypatch.setattr(pending.put.done, "result", press_ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        run.close(complete=True, expected_frames=2)
+    assert not [t for t in threading.enumerate() if t.name.startswith("refocus")]
+    assert open_run(tmp_path / "run").state == State.INCOMPLETE
+    recover(tmp_path / "run")
+
+
+def press_ctrl_c() -> None:
+    raise KeyboardInterrupt
