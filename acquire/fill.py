@@ -42,6 +42,8 @@ from store.records import Kind, Record
 from store.writer import RunWriter
 
 UNANSWERED = (RefocusOutcome.SKIPPED, RefocusOutcome.LATE, RefocusOutcome.LOST)
+NOT_TRIED = "not tried yet"
+NEVER_CLOSED = "was never closed; run `refocus recover`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class Filled:
     left: int
     """Without an answer: the engine is gone, or the call was ended before."""
     reasons: dict[str, int]
-    """Why, of those rejected, failed and left."""
+    """Why, of those rejected, failed and left; what an earlier call said of a plane is not."""
     generator: str
     """Name and version; empty where there was nothing to do."""
     full: str
@@ -86,7 +88,8 @@ def fill(
     chosen = package.load(package.find(generator)) if generator is not None else None
     todo = without_twin(run, chosen.hash if chosen else None)
     if not todo:
-        return _sum_up(run, set(), None, "", [])
+        trouble = [] if run.notes.seal else [f"{path}: {NEVER_CLOSED}"]
+        return _sum_up(run, run, set(), None, "", trouble)
     if settings.engine.runtime == "none":
         raise SettingsError(
             "fill: [engine] runtime = none refocuses nothing; say --engine auto, or change it"
@@ -155,7 +158,7 @@ class _Filling:
         with contextlib.ExitStack() as closing:
             writer = RunWriter.reopen(self._path)
             closing.callback(writer.reseal)
-            run = open_run(self._path)  # again: this time nobody else writes
+            run = found = open_run(self._path)  # again: this time nobody else writes
             todo = without_twin(run, self._package.hash if tries_rejected else None)
             intake, writing = self._start_writing(run, writer, closing)
             engine = self._start_engine(run, todo, intake, closing)
@@ -176,7 +179,8 @@ class _Filling:
                 halted = stop.is_set() or self._full or time.monotonic() > deadline
                 if not left or len(left) == len(before) or halted or engine.hopeless:
                     break
-        return _sum_up(open_run(self._path), todo, self._package, self._full, self._trouble.lines)
+        run, trouble = open_run(self._path), self._trouble.lines
+        return _sum_up(found, run, todo, self._package, self._full, trouble)
 
     def _start_writing(
         self, run: Run, writer: RunWriter, closing: contextlib.ExitStack
@@ -249,15 +253,20 @@ def _first_shape(run: Run, seqs: Set[int]) -> tuple[int, int] | None:
 
 
 def _sum_up(
-    run: Run, seqs: Set[int], chosen: Package | None, full: str, trouble: list[str]
+    before: Run, run: Run, seqs: Set[int], chosen: Package | None, full: str, trouble: list[str]
 ) -> Filled:
+    """What became of *seqs* between *before* and *run*, two states of the same run."""
     outcomes: Counter[RefocusOutcome] = Counter()
     reasons: Counter[str] = Counter()
     for seq in seqs:
         record = run.record(seq, Kind.REFOCUS)
-        outcome = RefocusOutcome(record.outcome) if record else RefocusOutcome.SKIPPED
+        if record is None or record == before.record(seq, Kind.REFOCUS):
+            outcomes[RefocusOutcome.SKIPPED] += 1
+            reasons[NOT_TRIED] += 1
+            continue
+        outcome = RefocusOutcome(record.outcome)
         outcomes[outcome] += 1
-        if record and outcome is not RefocusOutcome.REFOCUSED:
+        if outcome is not RefocusOutcome.REFOCUSED:
             reasons[run.reason(record)] += 1
     manifest = chosen.manifest if chosen else None
     return Filled(

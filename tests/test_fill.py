@@ -11,6 +11,7 @@ from acquire.fill import fill
 from engine import scaling
 from engine.package import Package
 from engine.scaling import Scaling
+from refocus.cli.main import main
 from refocus.errors import PackageError
 from refocus.frame import RefocusOutcome
 from refocus.settings import ChannelSettings
@@ -67,6 +68,20 @@ def test_nothing_left_means_nothing_written(tmp_path: Path, negated: Package) ->
     again = fill(path, settings())
     assert (again.planes, again.filled, again.left) == (0, 0, 0)
     assert digest(path) == files
+
+
+def test_a_run_that_was_never_closed_says_so_where_nothing_is_left(
+    tmp_path: Path, negated: Package, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run"
+    make_run(path, negated, times(2), outcome=lambda _: None)
+    lines = path / "journal" / "run.jsonl"
+    *kept, _ = lines.read_bytes().splitlines(keepends=True)
+    lines.write_bytes(b"".join(kept))
+    assert main(["fill", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "nothing to fill" in said
+    assert "never closed; run `refocus recover`" in said
 
 
 def test_the_scaling_is_the_runs_own_bit_for_bit(tmp_path: Path, negated: Package) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
-from acquire.fill import fill
+from acquire.fill import NOT_TRIED, fill
 from engine.package import Package
 from engine.scaling import Scaling
 from refocus.errors import DiskError, LockedError, RunError, SettingsError
@@ -66,6 +66,7 @@ def test_an_engine_that_cannot_start_leaves_the_planes_as_they_were(
     make_run(path, negated, times(8))
     filled = fill(path, settings(runtime="tensorrt"))
     assert (filled.filled, filled.left) == (0, 8)
+    assert filled.reasons == {NOT_TRIED: 8}, "what was said of them before is not of now"
     assert any("tensorrt" in line for line in filled.trouble)
     assert outcomes(open_run(path)) == {"SKIPPED": 8}
     with pytest.raises(SettingsError, match="--engine auto"):
@@ -130,9 +131,10 @@ def test_ctrl_c_ends_a_fill_in_order(tmp_path: Path, negated: Package) -> None:
     finally:
         child.kill()
         child.communicate()
-    assert child.returncode == 1, errors
+    assert child.returncode == 130, errors
     assert "Traceback" not in errors
     summary = json.loads(said)
+    assert summary["left"]
     assert summary["filled"] + summary["left"] == summary["planes"] == 400
     assert summary["failed"] == 0
     assert open_run(path).counts.refocused == summary["filled"]

@@ -1,7 +1,8 @@
 """`refocus fill`: refocus what has no refocused twin yet in a run on disk.
 
 Exit codes: 0 every raw plane has its twin or was rejected for good, 1 some failed or are left,
-2 no run at this path or no such generator, 3 stopped by the disk guard, 4 the run is being written.
+2 no run at this path or no such generator, 3 the disk is too full, 4 the run is being written,
+130 stopped by Ctrl-C with planes left.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from refocus.cli import options
 from refocus.errors import DiskError, SettingsError
+from refocus.words import counted
 
 if TYPE_CHECKING:
     from acquire.fill import Filled
@@ -57,6 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
     print(_as_json(arguments.path, filled) if arguments.json else _summary(arguments.path, filled))
     if filled.full:
         raise DiskError(f"{arguments.path}: stopped: {filled.full}")
+    if stop.is_set() and filled.left:
+        return options.INTERRUPTED
     return 1 if filled.failed or filled.left else 0
 
 
@@ -96,8 +100,11 @@ def _as_json(path: Path, filled: "Filled") -> str:
 
 def _summary(path: Path, filled: "Filled") -> str:
     if not filled.planes:
-        return f"{path}: nothing to fill, no plane is waiting to be refocused"
-    counts = f"{filled.filled} of {filled.planes} planes refocused with {filled.generator}"
+        nothing = f"{path}: nothing to fill, no plane is waiting to be refocused"
+        return "\n".join([nothing, *(f"  note: {line}" for line in filled.trouble)])
+    counts = (
+        f"{filled.filled} of {counted(filled.planes, 'plane')} refocused with {filled.generator}"
+    )
     lines = [f"{path}: {counts}"]
     others = {name: getattr(filled, name) for name in ("rejected", "failed", "left")}
     lines += [f"  {name:9} {count}" for name, count in others.items() if count]

@@ -15,11 +15,10 @@ import threading
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from refocus.cli import apply, bench, convert, demo, fill, runs, train
+from refocus.cli import apply, bench, convert, demo, fill, options, runs, train
 from refocus.errors import RefocusError, StuckError
 from refocus.settings import user_config_path
 
-INTERRUPTED = 130
 NOBODY_READS = 141
 """What a shell says of a program that SIGPIPE ended."""
 DESCRIPTION = "Refocuses microscope frames while the acquisition runs, beside Micro-Manager."
@@ -50,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         print("refocus: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return options.INTERRUPTED
     except BrokenPipeError:
         # What is left in the buffer would be tried again, and complained of, when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,6 +8,8 @@ import msgspec
 from refocus import settings as all_settings
 from refocus.settings import Settings
 
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C ended."""
 ENGINES = ("auto", "openvino", "tensorrt", "none")
 
 
