@@ -73,6 +73,7 @@ class RunWriter:
         self._outcomes = Outcomes(journal)
         self._underway = Underway(self._outcomes, journal, self._durability)
         self._seal: SealLine | None = None  # of a run that was reopened
+        self._closed = False
         self._durability.start()
 
     @classmethod
@@ -149,7 +150,7 @@ class RunWriter:
     def put_raw(self, frame: Frame, tags: Mapping[str, object]) -> Pending:
         """Begin to write a frame. What goes wrong at once is booked FAILED and raised."""
         seq = frame.header.seq
-        self._require_open()
+        self._require_raw()
         if seq in self._outcomes.raw or self._underway.has(seq):
             raise RunError(f"frame {seq}: has a raw outcome already; each seq is written once")
         try:
@@ -166,6 +167,7 @@ class RunWriter:
 
     def put_refocused(self, seq: int, pixels: Pixels, made: Provenance) -> Pending:
         """Begin to write the twin of a saved frame. What fails at once is booked and raised."""
+        self._require_open()
         while self._underway.has(seq):
             self._underway.settle_oldest()
         place = self._outcomes.raw.get(seq)
@@ -201,12 +203,13 @@ class RunWriter:
         """
         if outcome == RefocusOutcome.REFOCUSED:
             raise RunError(f"frame {seq}: REFOCUSED is booked by write_refocused, with the plane")
+        self._require_open()
         self._outcomes.require_open_answer(seq)
         self._outcomes.answer(seq, outcome, reason, generator)
 
     def book_raw_failed(self, seq: int, reason: str) -> None:
         """Journal that a frame's own pixels were lost before they came here."""
-        self._require_open()
+        self._require_raw()
         if seq in self._outcomes.raw:
             raise RunError(f"frame {seq}: has a raw outcome already; each seq is booked once")
         self._outcomes.fail_raw(seq, reason)
@@ -239,7 +242,7 @@ class RunWriter:
         where known) has its raw plane, and none FAILED. Raises RunError where the seal could not be
         written; what was acknowledged is there all the same.
         """
-        self._require_open()
+        self._require_raw()
         return self._end(complete, expected_frames, note)
 
     def reseal(self) -> Counts:
@@ -247,11 +250,13 @@ class RunWriter:
 
         Raises RunError where the seal could not be written; the old one stands then.
         """
+        self._require_open()
         if self._seal is None:
             raise RunError(f"{self.path}: was not reopened; end it by close")
         return self._end(self._seal.complete, self._seal.expected_frames, self._seal.note)
 
     def _end(self, complete: bool, expected_frames: int | None, note: str) -> Counts:
+        self._closed = True
         try:
             with contextlib.ExitStack() as last:
                 last.callback(self._leave)
@@ -288,6 +293,11 @@ class RunWriter:
             self._images.adopt(rebuilt.pair)
 
     def _require_open(self) -> None:
+        if self._closed:
+            raise RunError(f"{self.path}: was closed already; it takes nothing more")
+
+    def _require_raw(self) -> None:
+        self._require_open()
         if self._seal is not None:
             raise RunError(f"{self.path}: was sealed and takes refocused planes only, then reseal")
 

@@ -1,5 +1,6 @@
 """However a run ends: its threads end, its files are closed, its lock is given back."""
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -9,12 +10,14 @@ import threading
 from pathlib import Path
 
 import pytest
-from store_runs import frame, start
+from store_runs import frame, pixels, start
 
 from refocus.errors import RunError
+from refocus.frame import RefocusOutcome
 from store import disk, shards
 from store.reader import State, open_run
 from store.recover import recover
+from store.writer import Provenance
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -137,3 +140,32 @@ def test_ctrl_c_while_a_run_is_closed_leaves_no_thread_and_no_lock(
 
 def press_ctrl_c() -> None:
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["sealed", "not sealed"])
+def test_a_run_is_closed_once_and_takes_nothing_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    run = start(tmp_path / "run")
+    run.write_raw(frame(0, {"time": 0}), {})
+    with contextlib.ExitStack() as failing:
+        if fails:
+            disk_full = failing.enter_context(monkeypatch.context())
+            disk_full.setattr(disk, "replace_file", refuse)
+            failing.enter_context(pytest.raises(RunError, match="not sealed"))
+        run.close(complete=True, expected_frames=1)
+    for again in (
+        lambda: run.close(complete=True, expected_frames=1),
+        lambda: run.reseal(),
+        lambda: run.write_raw(frame(1, {"time": 1}), {}),
+        lambda: run.write_refocused(0, pixels(0), Provenance(generator=0, latency_ns=1)),
+        lambda: run.book_raw_failed(1, "no pixels"),
+        lambda: run.book_refocus(0, RefocusOutcome.SKIPPED, "no engine"),
+    ):
+        with pytest.raises(RunError, match="was closed already"):
+            again()
+    assert open_run(tmp_path / "run").counts.saved == 1
+
+
+def refuse(path: Path, content: bytes) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
