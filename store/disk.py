@@ -117,17 +117,11 @@ def _rename_over(temporary: Path, path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make a file's content, or a folder's list of files, survive a power cut. Raises OSError.
-
-    A file that is gone meanwhile has nothing to keep.
-    """
+    """Make a file's content, or a folder's list of files, survive a power cut. Raises OSError."""
     folder = path.is_dir()
     if folder and sys.platform == "win32":  # NTFS journals its folders by itself
         return
-    try:
-        descriptor = os.open(path, (os.O_RDONLY if folder else os.O_RDWR) | _BINARY)
-    except FileNotFoundError:
-        return
+    descriptor = os.open(path, (os.O_RDONLY if folder else os.O_RDWR) | _BINARY)
     try:
         # A folder's names are not data to every file system: fdatasync might leave them out.
         (os.fsync if folder else getattr(os, "fdatasync", os.fsync))(descriptor)

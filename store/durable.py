@@ -12,6 +12,7 @@ A disk that fails while it syncs, or as a file is closed, may have dropped what 
 would not say so a second time. From then on nothing counts as durable, and `trouble` says why.
 """
 
+import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +60,10 @@ class Durability:
                 changed, self._changed = self._changed, set()
             try:
                 # A folder after what is in it: a name that is durable stands for a whole file.
-                for path in (*sorted(changed, reverse=True), *self._journal):
+                for path in sorted(changed, reverse=True):
+                    with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                        disk.sync(path)
+                for path in self._journal:  # gone: the run was moved, or its disk unplugged
                     disk.sync(path)
             except OSError as error:
                 self.fail(error)

@@ -14,8 +14,9 @@ from store_runs import frame, pixels, start
 
 from refocus.errors import RunError
 from refocus.frame import RefocusOutcome
-from store import disk, shards
+from store import disk, durable, shards
 from store.reader import State, open_run
+from store.records import Kind
 from store.recover import recover
 from store.writer import Provenance
 
@@ -169,3 +170,20 @@ def test_a_run_is_closed_once_and_takes_nothing_afterwards(
 
 def refuse(path: Path, content: bytes) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def test_a_run_that_was_moved_while_it_is_written_is_not_called_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durable, "PAUSE_S", 3600)
+    run = start(tmp_path / "run")
+    run.write_raw(frame(0, {"time": 0}), {})
+    (tmp_path / "run").rename(tmp_path / "moved")
+    with pytest.raises(OSError, match="may not be on the disk"):
+        run._durability.sync()
+    assert "frames.jsonl" in run.sync_trouble
+    with pytest.raises(RunError, match="not sealed"):
+        run.close(complete=True, expected_frames=1)
+    found = open_run(tmp_path / "moved")
+    assert found.counts.saved == 1
+    assert not any(found.is_durable(record) for record in found.records(Kind.RAW))
