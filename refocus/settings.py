@@ -37,6 +37,8 @@ class StoreSettings(_Section, frozen=True, kw_only=True):
     """The run on disk."""
 
     reserve_mib: int = 2048
+    """Kept free: at this a run is stopped. 0 does not stop one; one that cannot fit is refused all
+    the same."""
 
 
 class EngineSettings(_Section, frozen=True, kw_only=True):

@@ -1,7 +1,7 @@
 """Commands about runs on disk: `refocus check`, `refocus recover`.
 
-Exit codes: 0 everything acknowledged is there, 1 something is wrong, 2 no run at this path, 4 the
-run has a writer (recover).
+Exit codes: 0 everything acknowledged is there, 1 something is wrong or recovering was not possible,
+2 no run at this path, 3 the disk is too full to recover, 4 the run has a writer (recover).
 """
 
 import argparse
