@@ -16,6 +16,7 @@ waits until the lane is empty, so nothing here needs a lock.
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +38,9 @@ class Put(NamedTuple):
     stored: Pixels
     """As it will lie on disk."""
     done: "Future[None]"
+    unlist: Callable[[], object]
+    """Hide it again, where nobody could write down that it is there; whether that goes is not said,
+    and for `refocus check` to find out."""
 
 
 @dataclass
@@ -160,7 +164,8 @@ class Images:
         grid = array.grid
         if grid is not None and grid.slot(place.t, place.z) == grid.slots // 2:
             self._lane.submit(array.prepare_next, place.t, place.c, place.z)
-        return Put(staged.pixels, done)
+        unlist = partial(self._lane.submit, array.unlist, place.t, place.c, place.z)
+        return Put(staged.pixels, done, unlist)
 
     def _drain(self) -> None:
         self._lane.submit(lambda: None).result()

@@ -167,6 +167,11 @@ class PlaneArray:
             path = self.shard_file(t, c, z)
             shards.put(path, self.grid, self.grid.slot(t, z), staged)
 
+    def unlist(self, t: int, c: int, z: int) -> None:
+        """Hide a plane that was written, where it lies in a shard. Raises OSError."""
+        if self.grid is not None and self._shards is not None:
+            self._shards.unlist(self.shard_file(t, c, z), self.grid, self.grid.slot(t, z))
+
     def prepare_next(self, t: int, c: int, z: int) -> None:
         """Make the shard that follows the one of this plane along t. Raises OSError."""
         if self.grid is not None and self._shards is not None:

@@ -217,8 +217,15 @@ class _Shard:
             )
         else:
             disk.write_at(self._direct, staged.pages.data, self._offset(slot))
+        self._list(slot, self._offset(slot), self._grid.plane_bytes)
+
+    def unlist(self, slot: int) -> None:
+        """Take a plane out of the index. Raises OSError."""
+        self._list(slot, _ABSENT, _ABSENT)
+
+    def _list(self, slot: int, offset: int, nbytes: int) -> None:
         index = self._index.copy()
-        index[slot] = self._offset(slot), self._grid.plane_bytes
+        index[slot] = offset, nbytes
         try:
             disk.write_at(self._file, _encode(index), self._grid.index_offset)
         except OSError:
@@ -292,6 +299,11 @@ class Shards:
             self._direct = False  # direct writes work in one place and not in another
             self.close()
             self._shard(path, grid).put(slot, staged)
+        self.changed(path)
+
+    def unlist(self, path: Path, grid: Grid, slot: int) -> None:
+        """Take a plane out of its shard's index: nobody sees it any more. Raises OSError."""
+        self._shard(path, grid).unlist(slot)
         self.changed(path)
 
     def prepare(self, path: Path, grid: Grid) -> None:

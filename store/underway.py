@@ -71,7 +71,7 @@ class Underway:
         pending = self._pending[0]
         try:
             pending.put.done.result()
-            self._outcomes.acknowledge(pending.record)
+            self._acknowledge(pending)
         except Exception as error:  # noqa: BLE001  # whatever it was, no frame may vanish unbooked
             self._fail(pending, error)
         pending.settled = True
@@ -83,6 +83,13 @@ class Underway:
         if self._durability.durable > self._marked:
             self._marked = self._durability.durable
             self._journal.book(Record(self._marked, time.time_ns(), kind=Kind.DURABLE))
+
+    def _acknowledge(self, pending: Pending) -> None:
+        try:
+            self._outcomes.acknowledge(pending.record)
+        except OSError:
+            pending.put.unlist()
+            raise
 
     def _fail(self, pending: Pending, error: Exception) -> None:
         seq = pending.seq

@@ -14,6 +14,7 @@ from store_runs import frame, start
 
 from refocus.errors import RunError
 from store import disk
+from store.check import check
 from store.reader import open_run
 
 
@@ -62,3 +63,25 @@ def test_a_copy_is_good_until_it_is_written_however_many_follow(
     arrays.shards.give_back(staged[3])
     assert array.stage(wanted[0]).memory is staged[3].memory
     assert array.stage(wanted[0]).memory is not staged[3].memory
+
+
+def test_a_plane_that_could_not_be_acknowledged_is_shown_to_nobody(
+    tmp_path: Path, faulty: FaultyOs
+) -> None:
+    path = tmp_path / "run"
+    run = start(path)
+    run.write_raw(frame(0, {"time": 0}), {})
+    acknowledgements = iter([refused])
+    faulty.rule = lambda call: (
+        next(acknowledgements, Call.do)(call)
+        if call.writes and call.path.name == "outcomes.bin"
+        else call.do()
+    )
+    with pytest.raises(RunError, match=r"frame 1: not saved: .*No space left"):
+        run.write_raw(frame(1, {"time": 1}), {})
+    run.write_raw(frame(2, {"time": 2}), {})
+    counts = run.close(complete=True, expected_frames=3)
+    assert (counts.saved, counts.failed) == (2, 1)
+    shown = np.asarray(zarr.open_array(path / "0" / "0", mode="r")[:])
+    assert [bool(plane.any()) for plane in shown] == [True, False, True]
+    assert not check(path).remarks
