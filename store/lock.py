@@ -2,7 +2,8 @@
 
 The writer holds an operating-system lock on journal/writer.lock for as long as it lives. The system
 drops the lock with the process, however it died, so nothing stale is left behind: a run whose lock
-can be taken has no writer. A reader that looks takes a shared lock for an instant, so a writer that
+can be taken has no writer. (A forked child shares its parent's lock, and would keep it: it closes
+its share at once.) A reader that looks takes a shared lock for an instant, so a writer that
 starts asks again for half a second before it believes that there is another.
 
 On a file system without locks, as some network shares are, a run is written all the same: every run
@@ -11,8 +12,10 @@ looks dead there, and nobody keeps a second writer out. The log says so.
 
 import errno
 import logging
+import os
 import sys
 import time
+import weakref
 from io import FileIO
 from pathlib import Path
 
@@ -31,6 +34,7 @@ class WriterLock:
     def __init__(self, path: Path) -> None:
         """Raise LockedError where another writer, in this process or another, holds the lock."""
         self._file = path.open("ab", buffering=0)
+        _held.add(self)
         try:
             taken = _take(self._file)
         except OSError as error:
@@ -51,6 +55,19 @@ class WriterLock:
     def release(self) -> None:
         """Give the lock back. A second call does nothing."""
         self._file.close()
+
+
+_held: weakref.WeakSet[WriterLock] = weakref.WeakSet()
+"""All of this process, for a child to close: a fork's hooks cannot be taken back one by one."""
+
+
+def _release_all() -> None:
+    for lock in _held:
+        lock.release()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_release_all)
 
 
 def is_held(path: Path) -> bool:

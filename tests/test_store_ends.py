@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -10,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from faulty_os import Child, Say, needs_fork
 from store_runs import frame, pixels, start
 
 from refocus.errors import RunError
@@ -18,7 +20,7 @@ from store import disk, durable, shards
 from store.reader import State, open_run
 from store.records import Kind
 from store.recover import recover
-from store.writer import Provenance
+from store.writer import Provenance, RunWriter
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -187,3 +189,25 @@ def test_a_run_that_was_moved_while_it_is_written_is_not_called_durable(
     found = open_run(tmp_path / "moved")
     assert found.counts.saved == 1
     assert not any(found.is_durable(record) for record in found.records(Kind.RAW))
+
+
+@needs_fork
+def test_a_forked_child_that_lives_on_keeps_no_lock(tmp_path: Path) -> None:
+    """As multiprocessing forks one beside a run, on Linux."""
+
+    def live_on(say: Say) -> None:
+        say("forked")
+        signal.pause()
+
+    run = start(tmp_path / "run")
+    run.write_raw(frame(0, {"time": 0}), {})
+    child = Child(live_on)
+    try:
+        assert next(child.lines) == "forked"
+        assert open_run(tmp_path / "run").state == State.LIVE
+        run.close(complete=True, expected_frames=1)
+        assert open_run(tmp_path / "run").state == State.COMPLETE
+        RunWriter.reopen(tmp_path / "run").reseal()
+    finally:
+        child.kill()
+        child.end()
