@@ -72,12 +72,14 @@ def cut(descriptor: int, nbytes: int) -> None:
     os.ftruncate(descriptor, nbytes)
 
 
-def make_folders(path: Path) -> None:
-    """Make *path* and its parents where they are missing."""
-    if not path.is_dir():
-        make_folders(path.parent)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(path)
+def make_folders(path: Path) -> list[Path]:
+    """Make *path* and its parents where they are missing; returns the folders that changed."""
+    if path.is_dir():
+        return []
+    changed = make_folders(path.parent)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path)
+    return [*changed, path.parent]
 
 
 def remove(path: Path) -> None:

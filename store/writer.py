@@ -26,6 +26,7 @@ import msgspec
 from refocus.errors import RunError
 from refocus.frame import Frame, FrameHeader, Pixels, RawOutcome, RefocusOutcome
 from refocus.status import Counts
+from store import disk
 from store.durable import Durability
 from store.images import Images
 from store.journal import FrameLine, Journal, PairLine, SealLine
@@ -84,10 +85,11 @@ class RunWriter:
         axis; None: not known. Any order can be written; this one is written to the fewest files.
         """
         try:
-            path.mkdir(parents=True)
+            changed = disk.make_folders(path.parent)
+            path.mkdir()
             try:
                 journal = Journal(journal_dir(path), plain_info(info))
-                return cls._of(path, journal, info.pixel_um, stack_planes)
+                writer = cls._of(path, journal, info.pixel_um, stack_planes)
             except BaseException:
                 shutil.rmtree(path, ignore_errors=True)  # made just now, so nothing else is in it
                 raise
@@ -95,6 +97,9 @@ class RunWriter:
             raise RunError(f"{path}: exists already; give a folder that does not") from error
         except OSError as error:
             raise RunError(f"{path}: a run cannot be made here ({describe(error)})") from error
+        for folder in changed:
+            writer._durability.changed(folder)
+        return writer
 
     @classmethod
     def reopen(cls, path: Path) -> "RunWriter":

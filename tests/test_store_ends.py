@@ -211,3 +211,14 @@ def test_a_forked_child_that_lives_on_keeps_no_lock(tmp_path: Path) -> None:
     finally:
         child.kill()
         child.end()
+
+
+def test_the_folders_made_for_a_run_are_durable_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(disk, "sync", synced.append)
+    run = start(tmp_path / "2026" / "11-20" / "run")
+    run.close(complete=True, expected_frames=0)
+    made_in = {tmp_path, tmp_path / "2026", tmp_path / "2026" / "11-20"}
+    assert made_in <= set(synced)
