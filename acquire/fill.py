@@ -36,6 +36,7 @@ from engine.scaling import Scaling
 from refocus.errors import EngineError, LockedError, PackageError, SettingsError
 from refocus.frame import RefocusOutcome
 from refocus.settings import ChannelSettings, EngineSettings, Settings
+from refocus.words import counted
 from store.guard import DiskGuard
 from store.reader import Run, State, open_run
 from store.records import Kind, Record
@@ -97,7 +98,7 @@ def fill(
     check_address(settings)
     chosen, tries_rejected = chosen or own_package(run), chosen is not None
     filling = _Filling(path, chosen, settings)
-    filling.guard.require(_plane_bytes(run, todo), f"the twins of {len(todo)} planes")
+    filling.guard.require(_plane_bytes(run, todo), f"the twins of {counted(len(todo), 'plane')}")
     return filling.run(tries_rejected, stop or threading.Event(), limit_s, progress)
 
 

@@ -104,15 +104,17 @@ def _sources(run: Run) -> dict[int, Source]:
             if record.outcome == outcome:
                 slots = planes.setdefault(record.image, {})
                 slots[record.t, record.c, record.z] = record.plane_crc32c
-    return {
-        image: Source(
-            folder=image_dir(run.path, image),
-            array=PlaneArray.open(array_dir(run.path, image)),
-            dtype=zarr.open_array(array_dir(run.path, image), mode="r").dtype,
-            planes=slots,
-        )
-        for image, slots in sorted(planes.items())
-    }
+    return {image: _source(run, image, slots) for image, slots in sorted(planes.items())}
+
+
+def _source(run: Run, image: int, slots: dict[Slot, int]) -> Source:
+    folder = array_dir(run.path, image)
+    try:
+        array = PlaneArray.open(folder)
+    except RunError as error:
+        raise RunError(f"{error}; run `refocus recover`, then finish again") from error
+    dtype = zarr.open_array(folder, mode="r").dtype
+    return Source(folder=image_dir(run.path, image), array=array, dtype=dtype, planes=slots)
 
 
 def _teller(sources: dict[int, Source], compress: bool, progress: Progress) -> Callable[[], None]:

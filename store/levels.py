@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from refocus.errors import RunError
 from store import disk, pyramid
 from store.packing import Block, Packed, Source, blocks, made_from, within
 
@@ -31,7 +32,7 @@ def are_missing(folder: Path) -> bool:
     """Whether an image's group can be read and lists a level that is not there."""
     try:
         names = [dataset["path"] for dataset in _datasets(_group(folder))[1:]]
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+    except (RunError, KeyError, TypeError):
         return False
     return any(not (folder / name / "zarr.json").is_file() for name in names)
 
@@ -93,7 +94,14 @@ def _partial(source: Source, level: int) -> Path:
 
 
 def _group(folder: Path) -> Any:
-    return json.loads((folder / "zarr.json").read_bytes())
+    """What an image's group says. Raises RunError where it cannot be read."""
+    path = folder / "zarr.json"
+    try:
+        group = json.loads(path.read_bytes())
+        _datasets(group)[0]["path"]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise RunError(f"{path}: cannot be read ({error}); run `refocus recover`") from error
+    return group
 
 
 def _datasets(group: Any) -> Any:

@@ -17,6 +17,7 @@ import pytest
 from acquire.fill import NOT_TRIED, fill
 from engine.package import Package
 from engine.scaling import Scaling
+from refocus.cli.main import main
 from refocus.errors import DiskError, LockedError, RunError, SettingsError
 from refocus.settings import StoreSettings
 from store.check import check
@@ -25,7 +26,7 @@ from store.recover import recover
 from tests import hanging_package
 from tests.recording import plane, recorder, shoot
 from tests.recording import settings as recording_settings
-from tests.small_disk import small_disk
+from tests.small_disk import make_read_only, small_disk
 from tests.unfilled import SHAPE, assert_made_with, digest, make_run, outcomes, settings, times
 
 LIMIT_S = 60
@@ -164,6 +165,21 @@ def test_what_is_no_closed_run_is_refused_untouched(tmp_path: Path, negated: Pac
     assert digest(killed) == files
     recover(killed)
     assert fill(killed, settings()).filled == 1
+
+
+def test_a_run_that_is_read_only_is_one_line(
+    tmp_path: Path, negated: Package, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with small_disk(tmp_path / "disk", 8) as disk:
+        make_run(disk / "run", negated, times(2))
+        make_read_only(disk)
+        (tmp_path / "config.toml").write_text("[store]\nreserve_mib = 1\n")
+        config = str(tmp_path / "config.toml")
+        assert main(["fill", str(disk / "run"), "--config", config]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "cannot be written to" in said
+    assert "make it writable" in said
 
 
 def test_a_full_disk_ends_a_fill_before_and_meanwhile(tmp_path: Path, negated: Package) -> None:

@@ -359,6 +359,17 @@ def test_a_run_on_a_disk_that_is_read_only_is_one_line(
     assert "make it writable" in said
 
 
+@pytest.mark.parametrize("name", ["0/zarr.json", "0/0/zarr.json"])
+@pytest.mark.parametrize("content", ["{", "{}"])
+def test_torn_metadata_are_recovered_first(run: Path, name: str, content: str) -> None:
+    (run / name).write_text(content)
+    with pytest.raises(RunError, match="run `refocus recover`"):
+        finish(run)
+    assert recover(run).lost == 0
+    finish(run)
+    require_planes(run)
+
+
 def test_a_level_that_is_gone_is_found_and_made_anew(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

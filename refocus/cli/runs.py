@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from refocus.errors import SettingsError
+from refocus.words import counted
 
 if TYPE_CHECKING:
     from store.check import Report
@@ -63,8 +64,9 @@ def _recover(arguments: argparse.Namespace) -> int:
         return 1 if recovery.lost else 0
     counts = recovery.counts
     print(
-        f"{path}: {recovery.state}; {counts.saved} raw planes and {counts.refocused} refocused "
-        f"ones are there, {recovery.lost} of those acknowledged are lost"
+        f"{path}: {recovery.state}; there are {counted(counts.saved, 'raw plane')} and "
+        f"{counted(counts.refocused, 'refocused plane')}; of those acknowledged, lost: "
+        f"{recovery.lost}"
     )
     for done in recovery.done or ["nothing had to be done"]:
         print(f"  {done}")
