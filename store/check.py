@@ -205,7 +205,7 @@ def _validate(path: Path) -> tuple[bool | None, str]:
     try:
         yaozarrs.validate_zarr_store(str(path))
     except (ValueError, OSError, KeyError) as error:
-        return False, str(error)
+        return False, " ".join(str(error).split())
     except ImportError:  # yaozarrs without its extra "io"
         return None, ""
     return True, ""

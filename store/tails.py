@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from refocus.errors import RunError
+from refocus.words import counted
 from store import disk
 from store.journal import FRAMES, LINES, LOCK, OUTCOMES, Journal
 from store.layout import is_run, journal_dir
@@ -106,7 +107,7 @@ def _outcomes_tail(folder: Path) -> Tail | None:
     damaged = found.count - 1 - last_sound
     parts = [
         f"its first {RECORD_BYTES} bytes are damaged" if header_lost else "",
-        f"{damaged} records at its end are damaged" if damaged else "",
+        f"{counted(damaged, 'record')} at its end damaged" if damaged else "",
         f"the last record is torn ({found.torn_bytes} bytes); {_NOTHING_LOST}"
         if found.torn_bytes and not damaged
         else "",

@@ -126,6 +126,10 @@ def test_one_torn_file_is_one_finding_however_many_planes_it_costs(
     (finding,) = (found for found in answer["findings"] if "frames 0, 1, 2, 3" in found)
     assert "0/0/zarr.json: cannot be read" in finding
     assert "run `refocus recover`" in finding
+    assert main(["check", str(run)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("  ") for line in lines[1:])
+    assert all(line[2] != " " for line in lines[1:]), "a finding is one line"
 
 
 def test_a_killed_run_says_what_recovering_will_write(tmp_path: Path) -> None:

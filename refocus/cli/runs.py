@@ -96,7 +96,7 @@ def _summary(path: Path, report: "Report") -> str:
     lines = [
         f"{path}: {report.state}",
         f"  raw        {raw.acknowledged} saved, {raw.readable} read back unchanged, "
-        f"{raw.damaged} damaged; {counts.failed} failed",
+        f"{raw.damaged} damaged or not readable; {counts.failed} failed",
         f"  refocused  {counts.refocused}; skipped {counts.skipped}, late {counts.late}, "
         f"lost {counts.lost}, rejected {counts.rejected}, failed {counts.refocus_failed}",
         f"  generator  {report.generator or 'none'}",
