@@ -227,8 +227,12 @@ class Images:
 
 
 def _update_step(on_disk: _PairOnDisk) -> None:
-    """Take over the pair's z step where it is new, or changed by more than the stage's jitter."""
-    if len(on_disk.pair.z_um) == on_disk.z_known:
+    """Take over the pair's z step where it is new, or changed by more than the stage's jitter.
+
+    It takes a look at all heights: at every new one of a few, then whenever they are an eighth
+    more. `finish` does so at the end.
+    """
+    if len(on_disk.pair.z_um) - on_disk.z_known <= on_disk.z_known // 8:
         return
     on_disk.z_known = len(on_disk.pair.z_um)
     old, new = on_disk.z_step_um, on_disk.pair.z_step_um

@@ -15,6 +15,7 @@ from store_runs import frame, start
 from refocus.errors import RunError
 from store import disk
 from store.check import check
+from store.layout import Pair
 from store.reader import open_run
 
 
@@ -85,3 +86,25 @@ def test_a_plane_that_could_not_be_acknowledged_is_shown_to_nobody(
     shown = np.asarray(zarr.open_array(path / "0" / "0", mode="r")[:])
     assert [bool(plane.any()) for plane in shown] == [True, False, True]
     assert not check(path).remarks
+
+
+def test_a_tall_stack_is_not_looked_through_at_every_plane(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+    real = Pair.z_step_um.fget
+    assert real is not None
+
+    def look(pair: Pair) -> float | None:
+        looks.append(len(pair.z_um))
+        step: float | None = real(pair)
+        return step
+
+    monkeypatch.setattr(Pair, "z_step_um", property(look))
+    run = start(tmp_path / "run")
+    for z in range(200):
+        run.put_raw(frame(z, {"z": z}, (1, 1), z_um=0.5 * z), {})
+    assert looks[:8] == list(range(1, 9))
+    assert len(looks) < 50
+    run.close(complete=True, expected_frames=200)
+    assert looks[-1] == 200
