@@ -252,3 +252,9 @@ def test_an_output_that_nobody_reads_is_no_error(run: Path) -> None:
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, check=False)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_command_says_its_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "3 the disk is too full" in " ".join(capsys.readouterr().out.split())

@@ -1,6 +1,6 @@
 """`refocus`: parse, run one command, turn what it raises into one line and an exit code.
 
-Exit codes: 0 ok, 1 findings or lost frames, 2 usage or settings, 3 stopped by the disk guard,
+Exit codes: 0 ok, 1 findings or lost frames, 2 usage or settings, 3 the disk is too full,
 4 locked by another writer, 130 interrupted, 141 nobody reads the output any more (`| head`).
 
 Python waits at its end for every thread. Where Micro-Manager has left one that never ends
@@ -24,6 +24,8 @@ NOBODY_READS = 141
 DESCRIPTION = "Refocuses microscope frames while the acquisition runs, beside Micro-Manager."
 EPILOG = f"""\
 Settings are read from --config FILE, ./config.toml, or {user_config_path()}, whichever comes first.
+Exit codes: 0 ok, 1 something is wrong or not done, 2 usage or settings, 3 the disk is too full, 4 the
+run has another writer, 130 interrupted, 141 nobody reads the output any more.
 """
 
 
