@@ -24,8 +24,8 @@ NOBODY_READS = 141
 DESCRIPTION = "Refocuses microscope frames while the acquisition runs, beside Micro-Manager."
 EPILOG = f"""\
 Settings are read from --config FILE, ./config.toml, or {user_config_path()}, whichever comes first.
-Exit codes: 0 ok, 1 something is wrong or not done, 2 usage or settings, 3 the disk is too full, 4 the
-run has another writer, 130 interrupted, 141 nobody reads the output any more.
+Exit codes: 0 ok, 1 something is wrong or not done, 2 usage or settings, 3 the disk is too full,
+4 the run has another writer, 130 interrupted, 141 nobody reads the output any more.
 """
 
 
