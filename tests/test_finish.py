@@ -386,3 +386,7 @@ def test_a_level_that_is_gone_is_found_and_made_anew(
     assert {name: content for name, (content, _) in contents(run).items()} == {
         name: content for name, (content, _) in before.items()
     }
+    shutil.rmtree(run / "1" / "2")
+    finish(run)
+    assert not check(run).findings, "without recovering, too"
+    assert contents(run).keys() == before.keys()
