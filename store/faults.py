@@ -23,12 +23,12 @@ from refocus.errors import RunError
 from refocus.frame import Pixels, RawOutcome
 from refocus.words import counted
 from store import levels, metadata, ome
+from store.grid import Grid, read_index, slots_of
 from store.layout import image_dir
 from store.metadata import PairImages
 from store.reader import Run, place_of
 from store.rebuild import Rebuilt
 from store.records import Record
-from store.shards import Grid, read_index, slots_of
 from store.verify import acknowledged
 
 _CHUNK_BYTES = 8 << 20

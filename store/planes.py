@@ -26,7 +26,8 @@ import zarr
 from refocus.errors import RunError
 from refocus.frame import Pixels
 from store import disk
-from store.shards import Grid, Shards, Staged, read_plane
+from store.grid import Grid, read_plane
+from store.shards import Shards, Staged
 
 AXES = ("t", "c", "z", "y", "x")
 T_BLOCK = 64

@@ -32,6 +32,7 @@ from refocus.words import counted, few, frames
 from store import disk, levels
 from store.durable import Durability
 from store.faults import Faults, find_faults, slots_by_shard
+from store.grid import repair_index
 from store.journal import LOCK, Journal, PairLine
 from store.layout import array_dir, is_run, journal_dir
 from store.lock import WriterLock
@@ -41,7 +42,6 @@ from store.reader import Run, State, is_unborn, open_run
 from store.rebuild import Rebuilt, rebuild
 from store.records import Kind, Record
 from store.refused import refused
-from store.shards import repair_index
 from store.tails import Tail, cut, torn_tails
 from store.verify import LostPlane, Progress, acknowledged, lost_planes
 

@@ -10,8 +10,8 @@ Zarr's sharding codec: (offset, length) a slot, all ones where there is no plane
 It is rewritten after every plane, so any Zarr library reads the shard at any moment, planes may
 come in any order, and neither a plane nor a kill ever touches another plane.
 
-An index fits into one page, hence MAX_SLOTS: a kill finds it whole, old or new. A reader of another
-process may still see it half-written; its checksum says so, and it reads again.
+An index fits into one page, hence MAX_SLOTS (store/grid.py): a kill finds it whole, old or new. A
+reader of another process may still see it half-written; its checksum says so, and it reads again.
 
 A shard that exists is never begun anew: its index is read back first. One without a whole index has
 no plane (the index is written before the first one), or is damaged, and then `refocus recover`
@@ -20,10 +20,8 @@ rebuilds it from the journal.
 
 import contextlib
 import errno
-import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,147 +30,12 @@ import numpy.typing as npt
 
 from refocus.frame import Pixels
 from store import disk
-from store.records import crc32c
+from store.grid import ABSENT, Grid, decode, encode
 
-SHARD_BYTES = 512 << 20
-MAX_SLOTS = 255
 DIRECT_FROM_BYTES = 1 << 20
 """Smaller planes gain nothing from passing by the page cache."""
 MAX_OPEN = 128
 """Shards held open for writing, the latest ones: two descriptors each, of the usual 1024."""
-_ABSENT = 2**64 - 1
-_CRC_BYTES = 4
-
-Index = npt.NDArray[np.uint64]
-"""(slots, 2): offset and length of each plane, all ones where there is none."""
-
-
-@dataclass(frozen=True)
-class Grid:
-    """How an array is cut into shards: planes of *shape* (y, x), *t* x *z* of them in a shard."""
-
-    shape: tuple[int, int]
-    dtype: str
-    t: int
-    z: int
-
-    @classmethod
-    def for_planes(cls, shape: tuple[int, int], dtype: str, stack_planes: int) -> "Grid":
-        """Shards of up to SHARD_BYTES for stacks of *stack_planes* planes that come in a row."""
-        slots = max(1, min(MAX_SLOTS, SHARD_BYTES // _stride(shape, dtype)))
-        parts = -(-stack_planes // slots)
-        z = -(-stack_planes // parts)
-        return cls(shape, dtype, t=slots // z, z=z)
-
-    @property
-    def plane_bytes(self) -> int:
-        """Bytes of a plane."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
-
-    @property
-    def slots(self) -> int:
-        """Planes of a full shard."""
-        return self.t * self.z
-
-    @property
-    def stride(self) -> int:
-        """Bytes from one slot to the next."""
-        return _stride(self.shape, self.dtype)
-
-    @property
-    def index_offset(self) -> int:
-        """Where the index begins."""
-        return self.slots * self.stride
-
-    @property
-    def file_bytes(self) -> int:
-        """Length of a shard's file."""
-        return self.index_offset + 16 * self.slots + _CRC_BYTES
-
-    def shard(self, t: int, c: int, z: int) -> tuple[int, int, int]:
-        """Number of the shard of a plane, along t, c and z."""
-        return t // self.t, c, z // self.z
-
-    def slot(self, t: int, z: int) -> int:
-        """Number of a plane's slot in its shard."""
-        return t % self.t * self.z + z % self.z
-
-    def empty_index(self) -> Index:
-        """An index without a plane."""
-        return np.full((self.slots, 2), _ABSENT, np.uint64)
-
-    def index_of(self, slots: Iterable[int]) -> Index:
-        """The index of a shard with planes in these *slots*."""
-        index = self.empty_index()
-        for slot in slots:
-            index[slot] = slot * self.stride, self.plane_bytes
-        return index
-
-
-def _stride(shape: tuple[int, int], dtype: str) -> int:
-    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-    return -(-nbytes // disk.PAGE) * disk.PAGE
-
-
-def slots_of(index: Index) -> set[int]:
-    """Numbers of the slots that have a plane."""
-    return {int(slot) for slot in np.flatnonzero(index[:, 1] != _ABSENT)}
-
-
-def read_index(path: Path, grid: Grid) -> Index | None:
-    """A shard's index, None where there is none yet. Raises OSError where it is damaged."""
-    with path.open("rb") as file:
-        file.seek(grid.index_offset)
-        content = file.read(grid.file_bytes - grid.index_offset)
-    return _decode(content, grid, path)
-
-
-def read_plane(path: Path, grid: Grid, slot: int) -> Pixels | None:
-    """What lies in a slot, (y, x), read-only; None where the file ends before. Raises OSError.
-
-    Whether it is a plane is for the index or the journal to say.
-    """
-    count = math.prod(grid.shape)
-    dtype = np.dtype(grid.dtype).newbyteorder("<")
-    try:
-        plane: Pixels = np.fromfile(path, dtype, count, offset=slot * grid.stride)
-    except FileNotFoundError:
-        return None
-    if plane.size < count:
-        return None
-    plane.flags.writeable = False
-    return plane.reshape(grid.shape)
-
-
-def repair_index(path: Path, grid: Grid, slots: Iterable[int]) -> bool:
-    """Make a shard's index list exactly these *slots*; True where it did not. Raises OSError."""
-    wanted = grid.index_of(slots)
-    try:
-        found = read_index(path, grid)
-    except OSError:
-        found = None
-    if found is not None and np.array_equal(found, wanted):
-        return False
-    descriptor = disk.open_existing(path)
-    try:
-        disk.write_at(descriptor, _encode(wanted), grid.index_offset)
-    finally:
-        disk.close(descriptor)
-    return True
-
-
-def _encode(index: Index) -> bytes:
-    content = index.astype("<u8").tobytes()
-    return content + crc32c(content).to_bytes(_CRC_BYTES, "little")
-
-
-def _decode(content: bytes, grid: Grid, path: Path) -> Index | None:
-    if not content:
-        return None
-    body, crc = content[:-_CRC_BYTES], content[-_CRC_BYTES:]
-    if len(body) != 16 * grid.slots or crc32c(body).to_bytes(_CRC_BYTES, "little") != crc:
-        raise OSError(errno.EIO, "the shard's index is damaged; run refocus recover", str(path))
-    return np.frombuffer(body, "<u8").astype(np.uint64).reshape(grid.slots, 2)
 
 
 class Staged(NamedTuple):
@@ -192,16 +55,14 @@ class _Shard:
     def __init__(self, path: Path, grid: Grid, *, direct: bool) -> None:
         self._grid = grid
         if not path.exists():  # seen without its index, it would be refused by every reader
-            disk.replace_file(path, _encode(grid.empty_index()), offset=grid.index_offset)
+            disk.replace_file(path, encode(grid.empty_index()), offset=grid.index_offset)
         self._file = disk.open_existing(path)
         self._direct: int | None = None
         try:
-            index = _decode(
-                disk.read_at(self._file, grid.file_bytes, grid.index_offset), grid, path
-            )
+            index = decode(disk.read_at(self._file, grid.file_bytes, grid.index_offset), grid, path)
             if index is None:
                 index = grid.empty_index()
-                disk.write_at(self._file, _encode(index), grid.index_offset)
+                disk.write_at(self._file, encode(index), grid.index_offset)
             self._index = index
             if direct:
                 self._direct = disk.open_existing(path, direct=True)
@@ -221,16 +82,16 @@ class _Shard:
 
     def unlist(self, slot: int) -> None:
         """Take a plane out of the index. Raises OSError."""
-        self._list(slot, _ABSENT, _ABSENT)
+        self._list(slot, ABSENT, ABSENT)
 
     def _list(self, slot: int, offset: int, nbytes: int) -> None:
         index = self._index.copy()
         index[slot] = offset, nbytes
         try:
-            disk.write_at(self._file, _encode(index), self._grid.index_offset)
+            disk.write_at(self._file, encode(index), self._grid.index_offset)
         except OSError:
             with contextlib.suppress(OSError):  # half an index would hide the other planes
-                disk.write_at(self._file, _encode(self._index), self._grid.index_offset)
+                disk.write_at(self._file, encode(self._index), self._grid.index_offset)
             raise
         self._index = index
 

@@ -18,10 +18,10 @@ import numpy.typing as npt
 from refocus.errors import RunError
 from refocus.frame import RawOutcome, RefocusOutcome
 from refocus.words import TOLD, counted, frames
+from store.grid import Grid
 from store.planes import PlaneArray
 from store.reader import Run
 from store.records import Kind, Record, crc32c
-from store.shards import Grid
 
 Progress = Callable[[int, int], None]
 """Called with (planes read, planes to read)."""

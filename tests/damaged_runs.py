@@ -7,7 +7,7 @@ import pytest
 import short_run
 from store_runs import start
 
-from store import durable, shards
+from store import durable
 
 ARRAYS = ("0/0/zarr.json", "1/0/zarr.json", "2/0/zarr.json", "3/0/zarr.json")
 METADATA = (
@@ -25,7 +25,7 @@ METADATA = (
 def make_killed_and_sealed(folder: Path) -> Path:
     """The short run in *folder*/killed, as its writer had it after the last frame, and sealed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "SHARD_BYTES", short_run.SHARD_BYTES)
+        patch.setattr("store.grid.SHARD_BYTES", short_run.SHARD_BYTES)
         patch.setattr(durable, "PAUSE_S", 3600.0)  # no mark among the records
         run = start(folder / "sealed", pixel_um=0.1)
         generator = run.note_generator("hash", "identity", "1", "numpy")

@@ -7,8 +7,9 @@ import zarr
 from store_runs import SHAPE
 
 from refocus.frame import Pixels
+from store.grid import read_index, slots_of
 from store.planes import PlaneArray
-from store.shards import Shards, read_index, slots_of
+from store.shards import Shards
 
 Place = tuple[int, int, int]
 """t, c, z."""

@@ -174,7 +174,7 @@ class Onlooker:
 def test_a_reader_may_look_between_any_two_changes_of_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr("store.shards.SHARD_BYTES", 4 * disk.PAGE)
+    monkeypatch.setattr("store.grid.SHARD_BYTES", 4 * disk.PAGE)
     with library(name) as read:
         onlooker = Onlooker(tmp_path / "run", read)
         monkeypatch.setattr(disk, "os", FaultyOs(onlooker))

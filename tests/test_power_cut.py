@@ -22,7 +22,7 @@ from short_run import TWIN, assert_open_to_all, assert_readable, planes
 from store_runs import pixels
 
 from refocus.errors import RunError
-from store import disk, durable, shards
+from store import disk, durable
 from store.durable import Durability
 from store.reader import State, open_run
 from store.records import Kind, Record, read_records
@@ -119,7 +119,7 @@ def life(request: pytest.FixtureRequest) -> Iterator[Life]:
         if how == "between":
             patch.setattr(Durability, "start", lambda self: recorder.between.append(self))
         patch.setattr(durable, "PAUSE_S", 0.001)
-        patch.setattr(shards, "SHARD_BYTES", short_run.SHARD_BYTES)
+        patch.setattr("store.grid.SHARD_BYTES", short_run.SHARD_BYTES)
         patch.setattr(disk, "os", FaultyOs(recorder))
         short_run.write(recorded.path, partial(note_seal, recorded))
         write_missing_twins(recorded.path)

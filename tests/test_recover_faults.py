@@ -16,7 +16,7 @@ from short_run import TWIN, assert_recovers, snapshot
 from store_runs import pixels, start
 
 from refocus.errors import DiskError, RunError
-from store import disk, durable, shards
+from store import disk, durable
 from store.check import check
 from store.reader import Run, open_run
 from store.records import RECORD_BYTES, Kind
@@ -44,7 +44,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two frames, one with a twin, one with a reason instead, as a killed writer leaves them."""
     folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "SHARD_BYTES", short_run.SHARD_BYTES)
+        patch.setattr("store.grid.SHARD_BYTES", short_run.SHARD_BYTES)
         patch.setattr(durable, "PAUSE_S", 3600.0)  # no mark among the records
         run = start(folder / "run")
         generator = run.note_generator("hash", "identity", "1", "numpy")

@@ -16,9 +16,10 @@ from store_runs import frame, start
 from refocus.cli.main import main
 from refocus.errors import RunError
 from refocus.frame import RefocusOutcome
-from store import disk, shards
+from store import disk
 from store.check import check
 from store.finish import finish
+from store.grid import Grid, repair_index
 from store.reader import State, open_run
 from store.records import Kind
 from store.recover import recover
@@ -109,7 +110,7 @@ INDEX_DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "torn": lambda index: index[:20],
     "gone": lambda index: b"",
     "zeros": lambda index: bytes(len(index)),
-    "empty": lambda index: shards.Grid((24, 37), "uint16", 4, 1).empty_index().tobytes(),
+    "empty": lambda index: Grid((24, 37), "uint16", 4, 1).empty_index().tobytes(),
 }
 
 
@@ -130,8 +131,8 @@ def test_a_shard_index_lists_what_was_acknowledged(
 def test_a_plane_that_nobody_acknowledged_is_taken_from_the_index(sealed: Path) -> None:
     path, _ = index_of(sealed)
     before = path.read_bytes()
-    grid = shards.Grid((24, 37), "uint16", 4, 1)
-    shards.repair_index(path, grid, range(4))
+    grid = Grid((24, 37), "uint16", 4, 1)
+    repair_index(path, grid, range(4))
     report = check(sealed)
     assert not report.findings
     assert report.remarks == ("0/0/c.0.0.0.0.0: 2 planes listed that must not be",)

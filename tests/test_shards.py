@@ -16,7 +16,7 @@ from store_runs import SHAPE
 
 from refocus.errors import RunError
 from store import disk, shards
-from store.shards import MAX_SLOTS, Grid
+from store.grid import MAX_SLOTS, Grid, repair_index
 
 PAGE_SHAPE = (32, 64)
 """A plane of uint16 that fills a page exactly."""
@@ -25,7 +25,7 @@ PAGE_SHAPE = (32, 64)
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of four pages."""
-    monkeypatch.setattr(shards, "SHARD_BYTES", 4 * disk.PAGE)
+    monkeypatch.setattr("store.grid.SHARD_BYTES", 4 * disk.PAGE)
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def stack_shards(plane_bytes: int, stack_planes: int) -> tuple[int, int]:
 def test_a_plane_as_large_as_a_shard_or_larger_has_one_of_its_own(
     arrays: Arrays, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(shards, "SHARD_BYTES", 3 * disk.PAGE)
+    monkeypatch.setattr("store.grid.SHARD_BYTES", 3 * disk.PAGE)
     array = arrays.add("a", shape)
     assert array.grid is not None
     assert array.grid.slots == 1
@@ -214,8 +214,8 @@ def test_a_damaged_index_is_neither_trusted_nor_begun_anew(arrays: Arrays) -> No
         arrays.write("a", (2, 0, 0))
     assert path.read_bytes() == content
     assert array.grid is not None
-    assert shards.repair_index(path, array.grid, (0, 1))
-    assert not shards.repair_index(path, array.grid, (0, 1))
+    assert repair_index(path, array.grid, (0, 1))
+    assert not repair_index(path, array.grid, (0, 1))
     arrays.write("a", (2, 0, 0))
     arrays.assert_right()
 
@@ -259,7 +259,7 @@ def test_any_sequence_of_writes_reads_back(
     steps: Iterable[tuple[str, Place]],
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "SHARD_BYTES", pages * disk.PAGE)
+        patch.setattr("store.grid.SHARD_BYTES", pages * disk.PAGE)
         patch.setattr(shards, "MAX_OPEN", max_open)
         arrays = Arrays(tmp_path_factory.mktemp("arrays"))
         arrays.add("a", shape, dtype, stack_planes)

@@ -15,14 +15,14 @@ from shard_arrays import MIB_SHAPE, Arrays, plane
 from store_runs import SHAPE
 
 from refocus.frame import Pixels
-from store import disk, shards
+from store import disk
 from store.planes import PlaneArray
 
 
 @pytest.fixture
 def mib_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of four MiB."""
-    monkeypatch.setattr(shards, "SHARD_BYTES", 4 << 20)
+    monkeypatch.setattr("store.grid.SHARD_BYTES", 4 << 20)
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_a_file_system_in_memory_only_pretends_to_take_direct_writes() -> None:
 def test_without_positioned_writes_the_same_bytes_lie_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "SHARD_BYTES", 4 << 20)
+    monkeypatch.setattr("store.grid.SHARD_BYTES", 4 << 20)
     places = [(t, c, z) for t in (0, 2, 1) for c in range(2) for z in (2, 0)]
     for name in ("here", "windows"):
         if name == "windows":

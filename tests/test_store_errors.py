@@ -17,7 +17,7 @@ from short_run import Told, assert_open_to_all, assert_readable, assert_recovers
 from store_runs import frame, pixels, start
 
 from refocus.errors import RunError
-from store import disk, durable, shards
+from store import disk, durable
 from store.reader import State, open_run
 from store.records import Kind
 from tests.recording import plane, recorder, settings, shoot
@@ -25,7 +25,7 @@ from tests.recording import plane, recorder, settings, shoot
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "SHARD_BYTES", short_run.SHARD_BYTES)
+    monkeypatch.setattr("store.grid.SHARD_BYTES", short_run.SHARD_BYTES)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from store_runs import SHAPE, file_size_limit, frame, pixels, start
 
 from refocus.errors import RunError
 from refocus.frame import RefocusOutcome
-from store import disk, shards
+from store import disk
 from store.disk import replace_file
 from store.lock import WriterLock, is_held
 from store.reader import State, open_run
@@ -28,7 +28,7 @@ from store.writer import Provenance
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of four planes."""
-    monkeypatch.setattr(shards, "SHARD_BYTES", 4 * disk.PAGE)
+    monkeypatch.setattr("store.grid.SHARD_BYTES", 4 * disk.PAGE)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from store.writer import Provenance, RunWriter
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "SHARD_BYTES", short_run.SHARD_BYTES)
+    monkeypatch.setattr("store.grid.SHARD_BYTES", short_run.SHARD_BYTES)
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ class Store(RuleBasedStateMachine):
         patch = self.opened.enter_context(pytest.MonkeyPatch.context())
         self.faulty = FaultyOs()
         self.rounds: list[Durability] = []
-        patch.setattr(shards, "SHARD_BYTES", short_run.SHARD_BYTES)
+        patch.setattr("store.grid.SHARD_BYTES", short_run.SHARD_BYTES)
         patch.setattr(shards, "MAX_OPEN", 1)
         patch.setattr(disk, "os", self.faulty)
         patch.setattr(Durability, "start", lambda durability: self.rounds.append(durability))

@@ -18,10 +18,10 @@ from store_runs import SHAPE, frame, pixels, start
 
 from refocus.errors import RunError
 from refocus.frame import Frame, Pixels, RefocusOutcome
+from store.grid import read_index, slots_of
 from store.layout import RunInfo
 from store.reader import State, open_run
 from store.records import Kind
-from store.shards import read_index, slots_of
 from store.writer import Provenance, RunWriter
 
 AWKWARD: list[tuple[dict[str, Any], dict[str, Any]]] = [
