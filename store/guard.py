@@ -21,7 +21,7 @@ SHARE = 8
 
 
 class DiskGuard:
-    """Watches the disk of *folder*, which need not exist yet. With a reserve of 0 it only refuses."""
+    """Watches the disk of *folder*, which need not exist yet. Reserve 0: it only refuses."""
 
     def __init__(self, folder: Path, reserve_bytes: int) -> None:
         self._folder = folder
