@@ -7,6 +7,7 @@ import errno
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ class Grid:
         z = -(-stack_planes // parts)
         return cls(shape, dtype, t=slots // z, z=z)
 
-    @property
+    @cached_property
     def plane_bytes(self) -> int:
         """Bytes of a plane."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
@@ -53,7 +54,7 @@ class Grid:
         """Planes of a full shard."""
         return self.t * self.z
 
-    @property
+    @cached_property
     def stride(self) -> int:
         """Bytes from one slot to the next."""
         return _stride(self.shape, self.dtype)

@@ -17,8 +17,10 @@ from store.layout import Pair, Place
 from store.outcomes import Outcomes
 from store.records import Kind, Record, crc32c
 
-PUT_AHEAD = 2
-"""Planes on their way: one is being written, the next one is ready."""
+PUT_AHEAD = 4
+PUT_AHEAD_BYTES = 64 << 20
+"""Planes on their way: one is being written, the next ones are ready. Four, so that the disk has
+work while this process does not get a core; two, where they are larger than these bytes."""
 
 
 @dataclass(eq=False)
@@ -55,9 +57,10 @@ class Underway:
         return any(pending.seq == seq for pending in self._pending)
 
     def add(self, pending: Pending) -> Pending:
-        """Follow a plane that was put; waits where PUT_AHEAD are on their way."""
+        """Follow a plane that was put; waits where too many are on their way."""
         self._pending.append(pending)
-        while len(self._pending) > PUT_AHEAD:
+        ahead = 2 if PUT_AHEAD * pending.put.stored.nbytes > PUT_AHEAD_BYTES else PUT_AHEAD
+        while len(self._pending) > ahead or (self._pending and self._pending[0].put.done.done()):
             self.settle_oldest()
         return pending
 

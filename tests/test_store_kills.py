@@ -47,7 +47,7 @@ def write_for_ever(path: Path, say: Say) -> None:
         if seq >= 3:
             made = Provenance(generator=generator, latency_ns=1)
             underway.append(run.put_refocused(seq - 3, pixels(TWIN + seq - 3), made))
-        while underway[0].settled:
+        while underway and underway[0].settled:
             settled = underway.popleft()
             assert settled.error is None
             say(f"saved {Kind(settled.record.kind).name} {settled.record.seq}")

@@ -6,7 +6,6 @@ Linux only: syncfs, and the peak of resident memory that /proc can set back.
 """
 
 import ctypes
-import mmap
 import os
 import resource
 import signal
@@ -24,6 +23,7 @@ from benchmarks.writers.contenders import Contender, named
 from benchmarks.writers.peers import DTYPE, Reader, Shape
 from refocus.errors import RunError
 from refocus.frame import Pixels
+from store.disk import aligned_memory
 from store.records import crc32c
 
 Task = Literal["measure", "announce", "fill", "read"]
@@ -102,13 +102,13 @@ def make_frames(path: Path, shape: Shape) -> None:
 
 
 def load_frames(path: Path, shape: Shape) -> list[Pixels]:
-    """The frames, each on whole pages of this process's memory, read-only."""
+    """The frames, each on whole pages of memory, large ones, which a disk reads best; read-only."""
     frames = []
     with path.open("rb") as file:
         for _ in range(FRAMES):
-            memory = mmap.mmap(-1, shape[0] * shape[1] * np.dtype(DTYPE).itemsize)
-            file.readinto(memory)
-            frame = np.frombuffer(memory, DTYPE).reshape(shape)
+            memory = aligned_memory(shape[0] * shape[1] * np.dtype(DTYPE).itemsize)
+            file.readinto(memory.data)
+            frame = memory.view(DTYPE).reshape(shape)
             frame.flags.writeable = False
             frames.append(frame)
     return frames
