@@ -9,8 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from faulty_os import FaultyOs
 
 from engine.package import Package
+from store import disk
 from tests import identity_package
 from tests.branch import Branch, settings
 
@@ -51,6 +53,14 @@ def _left(threads: set[threading.Thread], processes: set[psutil.Process]) -> lis
         repr(child) for child in psutil.Process().children(recursive=True) if child not in processes
     ]
     return new_threads + new_processes
+
+
+@pytest.fixture
+def faulty(monkeypatch: pytest.MonkeyPatch) -> FaultyOs:
+    """Stands in for the system in every call of the store that changes a file."""
+    stand_in = FaultyOs()
+    monkeypatch.setattr(disk, "os", stand_in)
+    return stand_in
 
 
 @pytest.fixture(scope="session")

@@ -26,13 +26,6 @@ def mib_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def faulty(monkeypatch: pytest.MonkeyPatch) -> FaultyOs:
-    stand_in = FaultyOs()
-    monkeypatch.setattr(disk, "os", stand_in)
-    return stand_in
-
-
-@pytest.fixture
 def arrays(tmp_path: Path) -> Iterator[Arrays]:
     opened = Arrays(tmp_path)
     yield opened

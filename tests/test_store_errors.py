@@ -28,13 +28,6 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("store.grid.SHARD_BYTES", short_run.SHARD_BYTES)
 
 
-@pytest.fixture
-def faulty(monkeypatch: pytest.MonkeyPatch) -> FaultyOs:
-    stand_in = FaultyOs()
-    monkeypatch.setattr(disk, "os", stand_in)
-    return stand_in
-
-
 def assert_run_opens(path: Path, saved: int) -> None:
     """So many frames are there, for us and for all."""
     assert assert_readable(path, {(Kind.RAW, seq) for seq in range(saved)}).counts.saved == saved

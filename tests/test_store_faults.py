@@ -32,13 +32,6 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def faulty(monkeypatch: pytest.MonkeyPatch) -> FaultyOs:
-    stand_in = FaultyOs()
-    monkeypatch.setattr(disk, "os", stand_in)
-    return stand_in
-
-
-@pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""
     folder = tmp_path / "disk"

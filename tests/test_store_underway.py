@@ -19,13 +19,6 @@ from store.layout import Pair
 from store.reader import open_run
 
 
-@pytest.fixture
-def faulty(monkeypatch: pytest.MonkeyPatch) -> FaultyOs:
-    stand_in = FaultyOs()
-    monkeypatch.setattr(disk, "os", stand_in)
-    return stand_in
-
-
 def refused(call: Call) -> Any:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(call.path))
 

@@ -6,12 +6,10 @@ read-only), 2 usage, 3 the disk is too full, 4 the run has a writer.
 """
 
 import argparse
-import contextlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from refocus.errors import SettingsError
+from refocus.cli import options
 from refocus.words import counted, few
 
 if TYPE_CHECKING:
@@ -34,7 +32,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Copy a run, live, killed or sealed, into a format that Fiji and QuPath open. "
         "The run stays as it is. Planes that it does not have are zeros in the copy, and listed.",
     )
-    export.add_argument("path", metavar="RUN", type=Path, help="the run's folder")
+    options.add_run(export)
     export.add_argument(
         "--to",
         required=True,
@@ -60,7 +58,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         default="none",
         help="zlib is smaller and several times slower; nothing is lost (default: %(default)s)",
     )
-    export.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    options.add_json(export)
     export.set_defaults(run=_export)
 
     finish = subparsers.add_parser(
@@ -70,21 +68,21 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "fast; with --compress also compress its planes, each checked before the old one goes. "
         "May be stopped and repeated at any time. Refocus what is missing first (refocus fill).",
     )
-    finish.add_argument("path", metavar="RUN", type=Path, help="the run's folder")
+    options.add_run(finish)
     finish.add_argument(
         "--compress",
         action="store_true",
         help="compress the planes in place; nothing is lost",
     )
-    finish.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    options.add_json(finish)
     finish.set_defaults(run=_finish)
 
 
 def _export(arguments: argparse.Namespace) -> int:
     from store.export import export
 
-    _require_run(arguments.path)
-    with _progress_bar("exporting") as progress:
+    options.run_at(arguments.path)
+    with options.planes_bar("exporting") as progress:
         done = export(
             arguments.path,
             arguments.out,
@@ -105,8 +103,8 @@ def _export(arguments: argparse.Namespace) -> int:
 def _finish(arguments: argparse.Namespace) -> int:
     from store.finish import finish
 
-    _require_run(arguments.path)
-    with _progress_bar("finishing") as progress:
+    options.run_at(arguments.path)
+    with options.planes_bar("finishing") as progress:
         done = finish(arguments.path, compress=arguments.compress, progress=progress)
     if arguments.json:
         import msgspec
@@ -160,25 +158,3 @@ def _extent(image: "Exported") -> str:
 def _slots(slots: tuple[tuple[int, int, int], ...]) -> str:
     shown = ", ".join(f"t{t}/c{c}/z{z}" for t, c, z in slots[:3])
     return shown if len(slots) <= 3 else f"{shown}, ... (all of them with --json)"
-
-
-def _require_run(path: Path) -> None:
-    from store.layout import is_run
-
-    if not is_run(path):
-        raise SettingsError(f"{path}: not a run (it has no folder journal); give a run's folder")
-
-
-@contextlib.contextmanager
-def _progress_bar(doing: str) -> Iterator[Callable[[int, int], None]]:
-    """A function for (done, total), which shows a bar where the error output is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task(doing, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -7,13 +7,12 @@ Exit codes: 0 every raw plane has its twin or was rejected for good, 1 some fail
 
 import argparse
 import json
-import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from refocus.cli import options
-from refocus.errors import DiskError, SettingsError
+from refocus.errors import DiskError
 from refocus.words import counted
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "run's own generator and scaling. It may be stopped or killed at any moment; the next "
         "call goes on with what is left.",
     )
-    parser.add_argument("path", metavar="RUN", type=Path, help="the run's folder")
+    options.add_run(parser)
     parser.add_argument(
         "--generator",
         metavar="NAME",
@@ -38,7 +37,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     options.add_engine(parser)
     options.add_config(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    options.add_json(parser)
     parser.set_defaults(run=run)
 
 
@@ -46,15 +45,16 @@ def run(arguments: argparse.Namespace) -> int:
     """Fill the run; Ctrl-C ends it in order."""
     from acquire.fill import fill
     from acquire.sources.acquisition import signals_set
-    from store.layout import is_run
 
-    if not is_run(arguments.path):
-        raise SettingsError(f"{arguments.path}: not a run; give the folder of one")
+    options.run_at(arguments.path)
     stop = threading.Event()
     settings = options.settings(arguments)
-    with _Bar(hidden=arguments.json) as bar, signals_set(stop):
+    with (
+        options.planes_bar("refocusing", hidden=arguments.json) as progress,
+        signals_set(stop),
+    ):
         filled = fill(
-            arguments.path, settings, generator=arguments.generator, stop=stop, progress=bar.show
+            arguments.path, settings, generator=arguments.generator, stop=stop, progress=progress
         )
     print(_as_json(arguments.path, filled) if arguments.json else _summary(arguments.path, filled))
     if filled.full:
@@ -62,35 +62,6 @@ def run(arguments: argparse.Namespace) -> int:
     if stop.is_set() and filled.left:
         return options.INTERRUPTED
     return 1 if filled.failed or filled.left else 0
-
-
-class _Bar:
-    """A progress bar on a terminal, nothing elsewhere."""
-
-    def __init__(self, *, hidden: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-        self._progress = Progress(
-            "refocusing",
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=hidden or not sys.stderr.isatty(),
-            transient=True,
-        )
-        self._task = self._progress.add_task("", total=None)
-
-    def __enter__(self) -> "_Bar":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def show(self, done: int, total: int) -> None:
-        self._progress.update(self._task, completed=done, total=total)
 
 
 def _as_json(path: Path, filled: "Filled") -> str:

@@ -1,11 +1,15 @@
 """Options that mean the same in every command."""
 
 import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 
 from refocus import settings as all_settings
+from refocus.errors import SettingsError
 from refocus.settings import Settings
 
 INTERRUPTED = 130
@@ -32,6 +36,44 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
 def add_config(parser: argparse.ArgumentParser) -> None:
     """--config FILE."""
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings file to use")
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """RUN, the folder of one; `run_at` checks it."""
+    parser.add_argument("path", metavar="RUN", type=Path, help="the run's folder")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """--json."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+
+
+def run_at(path: Path) -> Path:
+    """*path*, where it is a run's folder. Raises SettingsError."""
+    from store.layout import is_run
+
+    if not is_run(path):
+        raise SettingsError(f"{path}: not a run (it has no folder journal); give a run's folder")
+    return path
+
+
+@contextlib.contextmanager
+def planes_bar(doing: str, *, hidden: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A function for (done, total) planes, which shows a bar where errors go to a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    with Progress(
+        "{task.description}",
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=hidden or not sys.stderr.isatty(),
+    ) as bar:
+        task = bar.add_task(doing, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def settings(arguments: argparse.Namespace) -> Settings:

@@ -6,11 +6,10 @@ Exit codes: 0 everything acknowledged is there, 1 something is wrong or recoveri
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from refocus.errors import SettingsError
+from refocus.cli import options
 from refocus.words import counted
 
 if TYPE_CHECKING:
@@ -24,8 +23,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="read a run back and hold every plane against the journal's checksums",
         description="Read a run back, live, killed or sealed. Nothing is written.",
     )
-    check.add_argument("path", metavar="RUN", type=Path, help="the run's folder")
-    check.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    options.add_run(check)
+    options.add_json(check)
     check.set_defaults(run=_check)
     recover = subparsers.add_parser(
         "recover",
@@ -33,22 +32,23 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Make a run valid and complete as far as it was acknowledged, whatever ended "
         "its writer. Planes that are gone or damaged become absent. A second time changes nothing.",
     )
-    recover.add_argument("path", metavar="RUN", type=Path, help="the run's folder")
+    options.add_run(recover)
     recover.add_argument(
         "--no-verify",
         dest="verify",
         action="store_false",
         help="read only those planes back that a power cut could have touched",
     )
-    recover.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    options.add_json(recover)
     recover.set_defaults(run=_recover)
 
 
 def _check(arguments: argparse.Namespace) -> int:
     from store.check import check
 
-    path = _run_at(arguments.path)
-    report = check(path, _show_progress) if sys.stderr.isatty() else check(path)
+    path = options.run_at(arguments.path)
+    with options.planes_bar("reading") as progress:
+        report = check(path, progress)
     print(json.dumps(report.as_json()) if arguments.json else _summary(path, report))
     return 1 if report.findings else 0
 
@@ -56,9 +56,9 @@ def _check(arguments: argparse.Namespace) -> int:
 def _recover(arguments: argparse.Namespace) -> int:
     from store.recover import recover
 
-    path = _run_at(arguments.path)
-    progress = _show_progress if sys.stderr.isatty() else lambda _done, _total: None
-    recovery = recover(path, verify=arguments.verify, progress=progress)
+    path = options.run_at(arguments.path)
+    with options.planes_bar("reading") as progress:
+        recovery = recover(path, verify=arguments.verify, progress=progress)
     if arguments.json:
         print(json.dumps(recovery.as_json()))
         return 1 if recovery.lost else 0
@@ -71,19 +71,6 @@ def _recover(arguments: argparse.Namespace) -> int:
     for done in recovery.done or ["nothing had to be done"]:
         print(f"  {done}")
     return 1 if recovery.lost else 0
-
-
-def _run_at(path: Path) -> Path:
-    from store.layout import is_run
-
-    if not is_run(path):
-        raise SettingsError(f"{path}: not a run (it has no folder journal); give a run's folder")
-    return path
-
-
-def _show_progress(done: int, total: int) -> None:
-    end = "\n" if done == total else ""
-    print(f"\r{done} of {total} planes read", end=end, file=sys.stderr, flush=True)
 
 
 def _not_checked(report: "Report") -> str:
