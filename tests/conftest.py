@@ -20,6 +20,15 @@ GRACE_S = 5.0
 """What is on its way out may take so long; what is still there afterwards has leaked."""
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or writes the user's plans, models and keys; workers inherit this."""
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in ("CACHE", "DATA", "CONFIG", "STATE"):
+            patch.setenv(f"XDG_{kind}_HOME", str(tmp_path_factory.mktemp(kind.lower())))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """Fails a test that leaves a thread or a child process."""

@@ -1,8 +1,10 @@
 """Runtimes: what executes a generator on the hardware at hand. One file each, one protocol.
 
 A runtime is opened, loaded for each shape before the first plane of that shape (this may take
-seconds: a worker announces it), asked to refocus planes one by one, and closed, all from one
-thread. Nothing is imported before it is chosen, so a machine needs only its own runtime.
+seconds: a worker announces it), given planes, asked for their answers in the same order, and
+closed, all from one thread. One with several slots takes the next plane while the last is in work,
+so that copies hide behind computing. Nothing is imported before it is chosen, so a machine needs
+only its own runtime.
 """
 
 from collections.abc import Callable
@@ -27,12 +29,23 @@ class Refocused:
     """Pixels whose value did not fit into the dtype and was cut to its limit."""
 
 
+Answer = Callable[[], Refocused]
+"""Waits for a plane that was started; to be called once, oldest plane first.
+
+Raises EngineError where the runtime fails or its answer does not pass engine/checks.py.
+"""
+
+
 class Runtime(Protocol):
     """Executes one generator at a time."""
 
     @property
     def name(self) -> str:
         """Runtime, version, device and precision: "openvino 2026.4.1 CPU bf16"."""
+
+    @property
+    def slots(self) -> int:
+        """Planes that may be started and not yet answered."""
 
     def load(self, package: Package, shape: tuple[int, int]) -> None:
         """Make *package* the current generator and get ready for planes of *shape* (y, x) px.
@@ -41,12 +54,15 @@ class Runtime(Protocol):
         run here.
         """
 
-    def refocus(self, pixels: Pixels, scaling: Scaling) -> Refocused:
-        """Refocus one plane, (y, x), uint8 or uint16, of a loaded shape; *pixels* stay untouched.
+    def start(self, pixels: Pixels, scaling: Scaling) -> Answer:
+        """Begin to refocus a plane, (y, x), uint8 or uint16, of a loaded shape.
 
-        Raises RejectedError for pixels of another dtype, EngineError where the runtime fails or
-        its answer does not pass engine/checks.py.
+        *pixels* stay untouched, and must stay as they are until the answer is there. Raises
+        RejectedError for pixels of another dtype, EngineError where the runtime fails.
         """
+
+    def refocus(self, pixels: Pixels, scaling: Scaling) -> Refocused:
+        """Start one plane and wait for its answer."""
 
     def bare(self, package: Package, shape: tuple[int, int]) -> Callable[[], None]:
         """The network alone on a plane of zeros: what `refocus bench` holds the worker against."""

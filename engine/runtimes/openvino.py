@@ -28,7 +28,7 @@ import psutil
 
 from engine.checks import check_answer
 from engine.package import ONNX, Package
-from engine.runtimes import Refocused
+from engine.runtimes import Answer, Refocused
 from engine.scaling import Scaling, to_counts, to_network
 from refocus.errors import EngineError, PackageError
 from refocus.frame import Pixels
@@ -75,23 +75,37 @@ class OpenVino:
         while len(self._loaded) > MAX_LOADED:
             self._loaded.popitem(last=False)
 
-    def refocus(self, pixels: Pixels, scaling: Scaling) -> Refocused:
+    @property
+    def slots(self) -> int:
+        return 1  # the cores are busy with one plane
+
+    def start(self, pixels: Pixels, scaling: Scaling) -> Answer:
         package = self._package
         if package is None or _key(package, pixels.shape) not in self._loaded:
             raise EngineError(f"nothing is loaded for a plane of {pixels.shape}; call load first")
         request = self._loaded[_key(package, pixels.shape)]
         padded = _pad(pixels, package.manifest.stride)
         request.get_input_tensor().data[0, 0] = to_network(padded, scaling)
-        try:
-            request.infer()
-        except RuntimeError as error:
-            raise EngineError(f"OpenVINO failed on a plane of {pixels.shape}: {error}") from error
-        height, width = pixels.shape
-        # A view on OpenVINO's own memory: valid until the next infer, read before we return.
-        answer = request.get_output_tensor().data[0, 0, :height, :width]
-        check_answer(pixels, float(answer.min()), float(answer.max()))
-        counts, clipped = to_counts(answer, scaling, pixels.dtype)
-        return Refocused(pixels=counts, clipped=clipped)
+        request.start_async()
+
+        def answer() -> Refocused:
+            try:
+                request.wait()
+            except RuntimeError as error:
+                raise EngineError(
+                    f"OpenVINO failed on a plane of {pixels.shape}: {error}"
+                ) from error
+            height, width = pixels.shape
+            # A view on OpenVINO's own memory: valid until the next start, read before we return.
+            values = request.get_output_tensor().data[0, 0, :height, :width]
+            check_answer(pixels, float(values.min()), float(values.max()))
+            counts, clipped = to_counts(values, scaling, pixels.dtype)
+            return Refocused(pixels=counts, clipped=clipped)
+
+        return answer
+
+    def refocus(self, pixels: Pixels, scaling: Scaling) -> Refocused:
+        return self.start(pixels, scaling)()
 
     def bare(self, package: Package, shape: tuple[int, int]) -> Callable[[], None]:
         self.load(package, shape)
