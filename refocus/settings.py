@@ -46,6 +46,8 @@ class EngineSettings(_Section, frozen=True, kw_only=True):
 
     runtime: RuntimeChoice = "auto"
     generator: str = "fluorescence"
+    devices: tuple[int, ...] = (0,)
+    """GPUs, one worker each; where the runtime needs none there is one worker."""
     threads: int = 0
     frame_timeout_ms: int = 10_000
     warmup_timeout_ms: int = 600_000
@@ -55,6 +57,10 @@ class LinkSettings(_Section, frozen=True, kw_only=True):
     """The wire between daemon and worker."""
 
     address: str = "auto"
+    keys: str = ""
+    """Folder of the CURVE keys; empty: only this computer's workers are let in."""
+    shared_memory: bool = True
+    """Pixels go to workers on this computer through shared memory, behind the same messages."""
     beat_ms: int = 250
     beats_missed: int = 4
 
@@ -137,6 +143,12 @@ def parse(text: bytes, origin: str) -> Settings:
             raise SettingsError(
                 f"{origin}: [{section}] {key} must be at least {least:g}, got {value}"
             )
+    devices = settings.engine.devices
+    if not devices or min(devices) < 0 or len(set(devices)) < len(devices):
+        raise SettingsError(
+            f"{origin}: [engine] devices must name each GPU once, counted from 0, as in [0, 1]; "
+            f"got {list(devices)}"
+        )
     return settings
 
 

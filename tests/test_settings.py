@@ -16,7 +16,7 @@ def test_config_toml_shows_every_setting_with_its_default() -> None:
     shown = tomllib.loads(CONFIG.read_text())
     commented = CONFIG.read_text().replace("# [", "[").replace("\n# ", "\n")
     everything = {**tomllib.loads(commented.partition("\n\n")[2])}
-    defaults = msgspec.to_builtins(settings.Settings())
+    defaults = msgspec.json.decode(msgspec.json.encode(settings.Settings()))
     for section, content in defaults.items():
         if section == "channels":
             fields = msgspec.structs.fields(settings.ChannelSettings)
@@ -40,6 +40,9 @@ def test_config_toml_is_accepted() -> None:
         ("[engine]\nruntime = 'gpu'", ["gpu", "runtime"]),
         ("[engine]\nthreads = 'two'", ["threads"]),
         ("[acquire]\nraw_queue_mib = 0", ["raw_queue_mib", "at least 1"]),
+        ("[engine]\ndevices = []", ["devices", "[]"]),
+        ("[engine]\ndevices = [0, 0]", ["devices", "[0, 0]"]),
+        ("[engine]\ndevices = [-1]", ["devices", "[-1]"]),
         ("engine = 3", ["engine", "section"]),
         ("[engine", ["TOML"]),
     ],
