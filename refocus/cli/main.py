@@ -15,7 +15,7 @@ import threading
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from refocus.cli import apply, bench, convert, demo, fill, options, runs, train
+from refocus.cli import apply, bench, convert, demo, doctor, fill, options, runs, train
 from refocus.errors import RefocusError, StuckError
 from refocus.settings import user_config_path
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="refocus", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"refocus {version('refocus')}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (demo, runs, fill, convert, apply, bench, train):
+    for group in (demo, runs, fill, convert, apply, bench, doctor, train):
         group.register(subparsers)
     arguments = parser.parse_args(argv)
     try:

@@ -88,7 +88,7 @@ def settings(arguments: argparse.Namespace) -> Settings:
     if arguments.generator is not None:
         engine = msgspec.structs.replace(engine, generator=arguments.generator)
     if engine.runtime not in ("auto", "none"):
-        from engine.runtimes import open_runtime
+        from engine import doctor
 
-        open_runtime(engine.runtime).close()  # an explicit choice that cannot be had ends here
+        doctor.require(engine.runtime)  # in a process of its own: this one may be about to record
     return msgspec.structs.replace(read, engine=engine)

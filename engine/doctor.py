@@ -1,0 +1,259 @@
+"""What this computer can refocus with, and what is missing: `refocus doctor`.
+
+Every look at a driver or at a library that loads one is taken in a process of its own, with a time
+limit: a broken driver crashes or hangs whoever calls it, and here that is a finding like any other.
+So nothing here can harm the process that asks, which may be one that records. `auto` and an
+explicit choice are answered by the very code that a worker opens its runtime with.
+
+The GPU is found through the driver's own library, which needs nothing of ours: a computer with a
+GPU and a bare installation is told what to add.
+"""
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+import msgspec
+
+from engine.runtimes import Engine
+from refocus.errors import EngineError, RefocusError, SettingsError
+
+LIMIT_S = 60.0
+"""A driver that has to compile its kernels anew takes seconds; one that is broken, for ever."""
+KILLED_S = 5.0
+RTX_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
+"""Compute capabilities that TensorRT for RTX 1.7 builds for."""
+RTX_DRIVER = (13, 0)
+"""CUDA level that the packages of TensorRT for RTX 1.7 need: driver 580 or later."""
+INSTALL_RTX = 'pip install "refocus[rtx]"'
+INSTALL_TENSORRT = 'pip install "refocus[tensorrt]"'
+_DRIVER_LIBRARY = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
+_DRIVER_VERSION = Path("/sys/module/nvidia/version")
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # of CUdevice_attribute
+
+
+class GpuFound(msgspec.Struct, frozen=True, kw_only=True):
+    """One NVIDIA GPU."""
+
+    index: int
+    name: str
+    capability: tuple[int, int]
+    memory_mib: int
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """What was seen of one part."""
+
+    found: bool
+    text: str
+    """One line: what there is, or why there is nothing."""
+    gpus: list[GpuFound] = []
+    cuda: tuple[int, int] | None = None
+    """Highest CUDA level of the driver."""
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that `refocus doctor` prints."""
+
+    findings: dict[str, Finding]
+    """By part; the keys of PARTS."""
+    can_refocus: bool
+    runtime: str
+    """What `auto` picks and why, or why it picks nothing."""
+    advice: list[str]
+    """What to install, or that nothing has to be; a line each."""
+
+
+def examine(limit_s: float = LIMIT_S) -> Report:
+    """Looks at every part of this computer; takes at most *limit_s* and a few seconds."""
+    children = {part: _start(part) for part in PARTS}
+    deadline = time.monotonic() + limit_s
+    findings = {part: _finish(child, deadline) for part, child in children.items()}
+    auto = findings.pop("auto")
+    return Report(
+        findings=findings, can_refocus=auto.found, runtime=auto.text, advice=advise(findings)
+    )
+
+
+def require(engine: Engine, limit_s: float = LIMIT_S) -> None:
+    """Raises SettingsError where *engine*, tensorrt or openvino, cannot be had here."""
+    finding = _finish(_start(engine), time.monotonic() + limit_s)
+    if not finding.found:
+        raise SettingsError(
+            f"engine {engine!r} cannot be had: {finding.text} (`refocus doctor` says more; auto "
+            "takes what works)"
+        )
+
+
+def advise(findings: dict[str, Finding]) -> list[str]:
+    """What to do about *findings*, in the order in which to do it."""
+    gpu = findings["NVIDIA GPU"]
+    if not gpu.gpus:
+        return [
+            "for a GPU: Refocus runs on the CPU as it is; a computer with an NVIDIA GPU needs its "
+            "driver (https://www.nvidia.com/drivers), then run refocus doctor again"
+        ]
+    rtx = gpu.gpus[0].capability in RTX_CAPABILITIES
+    extra = INSTALL_RTX if rtx else INSTALL_TENSORRT
+    lines = []
+    if gpu.cuda is not None and gpu.cuda < RTX_DRIVER:
+        lines.append(
+            "update the NVIDIA driver to 580 or later (https://www.nvidia.com/drivers): this one "
+            f"knows CUDA {gpu.cuda[0]}.{gpu.cuda[1]}, wanted is {RTX_DRIVER[0]}.{RTX_DRIVER[1]}"
+        )
+    usable = ("TensorRT", "TensorRT-RTX") if rtx else ("TensorRT",)
+    if not any(findings[part].found for part in usable):
+        lines.append(f"to use {gpu.gpus[0].name}: {extra}")
+    elif not any(findings[part].found for part in ("pycuda", "cuda-bindings")):
+        lines.append(f"to reach {gpu.gpus[0].name}: {extra} (it brings cuda-bindings)")
+    return lines or ["nothing has to be installed"]
+
+
+def _gpu() -> Finding:
+    try:
+        driver = ctypes.CDLL(_DRIVER_LIBRARY)
+    except OSError:
+        return Finding(found=False, text=f"none: no NVIDIA driver here ({_DRIVER_LIBRARY})")
+    try:
+        _call(driver, "cuInit", 0)
+        version = _number(driver, "cuDriverGetVersion")
+        gpus = [_gpu_at(driver, index) for index in range(_number(driver, "cuDeviceGetCount"))]
+    except EngineError as error:
+        return Finding(found=False, text=f"none: the NVIDIA driver answers {error}")
+    cuda = (version // 1000, version % 1000 // 10)
+    level = f"CUDA {cuda[0]}.{cuda[1]}"
+    if _DRIVER_VERSION.is_file():
+        level = f"driver {_DRIVER_VERSION.read_text().strip()}, {level}"
+    names = "; ".join(
+        f"{gpu.index}: {gpu.name}, compute capability {gpu.capability[0]}.{gpu.capability[1]}, "
+        f"{gpu.memory_mib} MiB"
+        for gpu in gpus
+    )
+    return Finding(found=bool(gpus), text=f"{names or 'none'} ({level})", gpus=gpus, cuda=cuda)
+
+
+def _gpu_at(driver: ctypes.CDLL, index: int) -> GpuFound:
+    device = _number(driver, "cuDeviceGet", index)
+    name = ctypes.create_string_buffer(256)
+    _call(driver, "cuDeviceGetName", name, len(name), device)
+    memory = ctypes.c_size_t()
+    _call(driver, "cuDeviceTotalMem_v2", ctypes.byref(memory), device)
+    major, minor = (
+        _number(driver, "cuDeviceGetAttribute", attribute, device)
+        for attribute in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR)
+    )
+    return GpuFound(
+        index=index,
+        name=name.value.decode(errors="replace"),
+        capability=(major, minor),
+        memory_mib=memory.value >> 20,
+    )
+
+
+def _number(driver: ctypes.CDLL, function: str, *arguments: int) -> int:
+    value = ctypes.c_int()
+    _call(driver, function, ctypes.byref(value), *arguments)
+    return value.value
+
+
+def _call(driver: ctypes.CDLL, function: str, *arguments: object) -> None:
+    code = getattr(driver, function)(*arguments)
+    if code:
+        raise EngineError(f"{function} with CUDA error {code}")
+
+
+def _seam(name: str) -> Finding:
+    from engine.gpu import open_gpu
+
+    with open_gpu(seam=name) as gpu:
+        free_mib, total_mib = (number >> 20 for number in gpu.memory())
+        return Finding(
+            found=True,
+            text=f"{gpu.seam} reaches {gpu.device.name}, {free_mib} of {total_mib} MiB free",
+        )
+
+
+def _toolkit(name: str) -> Finding:
+    from engine.plan import open_toolkit
+
+    toolkit = open_toolkit(name)
+    if importlib.util.find_spec("onnx") is None:
+        return Finding(found=False, text=f"{toolkit.name}, but not the package onnx beside it")
+    return Finding(found=True, text=f"{toolkit.name} is installed")
+
+
+def _runtime(engine: Engine) -> Finding:
+    from engine.runtimes import open_runtime
+
+    runtime = open_runtime(engine)
+    try:
+        return Finding(found=True, text=runtime.name)
+    finally:
+        runtime.close()
+
+
+PARTS: dict[str, Callable[[], Finding]] = {
+    "NVIDIA GPU": _gpu,
+    "pycuda": lambda: _seam("pycuda"),
+    "cuda-bindings": lambda: _seam("cuda-bindings"),
+    "TensorRT": lambda: _toolkit("tensorrt"),
+    "TensorRT-RTX": lambda: _toolkit("tensorrt_rtx"),
+    "OpenVINO, CPU": lambda: _runtime("openvino"),
+    "auto": lambda: _runtime("auto"),
+}
+"""What is looked at, each in a process of its own."""
+
+
+def _start(part: str) -> "subprocess.Popen[bytes]":
+    # -P: a folder called engine in the user's working directory must not be run instead.
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "engine.doctor", part],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def _finish(child: "subprocess.Popen[bytes]", deadline: float) -> Finding:
+    try:
+        out, err = child.communicate(timeout=max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        child.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # dies when the driver lets go of it
+            child.communicate(timeout=KILLED_S)
+        return Finding(found=False, text="it hangs when it is used: a broken driver or library?")
+    if child.returncode == 0:
+        return msgspec.json.decode(out.splitlines()[-1], type=Finding)
+    last = err.decode(errors="replace").strip().splitlines()[-1:]
+    why = f"it crashes when it is used ({_ending(child.returncode)}): a broken driver or library?"
+    return Finding(found=False, text=" ".join([why, *last]))
+
+
+def _ending(code: int) -> str:
+    if code < 0:
+        return signal.Signals(-code).name
+    return f"exit code {code:#x}" if code > 255 else f"exit code {code}"
+
+
+def _child(part: str) -> int:
+    engines = {engine: lambda engine=engine: _runtime(engine) for engine in get_args(Engine)}
+    try:
+        finding = {**engines, **PARTS}[part]()
+    except RefocusError as error:
+        finding = Finding(found=False, text=str(error))
+    except Exception as error:  # noqa: BLE001 - whatever a library raises is a finding
+        finding = Finding(found=False, text=f"{type(error).__name__}: {error}")
+    sys.stdout.buffer.write(msgspec.json.encode(finding) + b"\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_child(sys.argv[1]))
