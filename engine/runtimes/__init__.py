@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 from engine.package import Package
 from engine.scaling import Scaling
-from refocus.errors import SettingsError
+from refocus.errors import EngineError, SettingsError
 from refocus.frame import Pixels
 
 Engine = Literal["auto", "openvino", "tensorrt", "none"]
@@ -71,16 +71,52 @@ class Runtime(Protocol):
         """Release everything; may be called twice."""
 
 
-def open_runtime(engine: Engine, threads: int | None = None) -> Runtime:
-    """The runtime that *engine* names; auto takes the best that this machine has.
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An opened runtime, and in one line why this one."""
 
-    *threads*: how many a CPU runtime computes with; None leaves one core free.
-    Raises SettingsError for an explicit choice that cannot be had: never a silent fallback.
+    runtime: Runtime
+    why: str
+
+
+def choose(
+    engine: Engine,
+    threads: int | None = None,
+    device: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> Choice:
+    """Open the runtime that *engine* names; auto takes the GPU where there is one, else the CPU.
+
+    *threads*: how many a CPU runtime computes with; None leaves one core free. *device*: which GPU.
+    *say* hears of long steps (plans). Raises SettingsError for an explicit choice that cannot be
+    had, EngineError where it is there and does not work: never a silent fallback.
     """
-    if engine in ("auto", "openvino"):
-        from engine.runtimes.openvino import OpenVino
+    match engine:
+        case "openvino":
+            return Choice(_open_openvino(threads), "openvino, as the settings say")
+        case "tensorrt":
+            return Choice(_open_tensorrt(device, say), "tensorrt, as the settings say")
+        case "auto":
+            try:
+                runtime = _open_tensorrt(device, say)
+            except (SettingsError, EngineError) as error:
+                return Choice(_open_openvino(threads), f"auto takes the CPU: {error}")
+            return Choice(runtime, "auto takes the GPU")
+    raise SettingsError(f"engine {engine!r} refocuses nothing; choose auto, tensorrt or openvino")
 
-        return OpenVino(threads)
-    raise SettingsError(
-        f"engine {engine!r} cannot refocus in this version of Refocus; choose auto or openvino"
-    )
+
+def open_runtime(engine: Engine, threads: int | None = None, device: int = 0) -> Runtime:
+    """`choose`, without the reason."""
+    return choose(engine, threads, device).runtime
+
+
+def _open_openvino(threads: int | None) -> Runtime:
+    from engine.runtimes.openvino import OpenVino
+
+    return OpenVino(threads)
+
+
+def _open_tensorrt(device: int, say: Callable[[str], None]) -> Runtime:
+    from engine.runtimes.tensorrt import TensorRt
+
+    return TensorRt(device, say=say)
