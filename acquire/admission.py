@@ -2,8 +2,9 @@
 
 A channel's scaling is derived from its first frame that is not flat, frozen, and noted in the run,
 so that whatever refocuses this run later uses the same map bit for bit: it takes the noted ones as
-they are, and derives one only for a channel that has none. The three planes of a
-colour exposure share one map, or their hue would shift.
+they are, and derives one only for a channel that has none. They outlive the generator: another one
+that takes over works with the same. The three planes of a colour exposure share one map, or their
+hue would shift.
 """
 
 import logging
@@ -31,25 +32,26 @@ class Admission:
 
     def __init__(
         self,
-        manifest: Manifest,
         channels: Mapping[str, ChannelSettings],
         scalings: Mapping[str, Scaling],
         on_scaling: Callable[[str, Scaling], None],
     ) -> None:
-        self._manifest = manifest
         self._channels = channels
         self._on_scaling = on_scaling
         self._scalings = dict(scalings)
         self._said_unknown = False
 
-    def admit(self, frame: Frame) -> Scaling:
-        """Scaling to refocus *frame* with. Raises RejectedError with the reason why not."""
-        reason = unfit(self._manifest, frame.header)
+    def admit(self, frame: Frame, manifest: Manifest) -> Scaling:
+        """Scaling to refocus *frame* with, by the generator of *manifest*.
+
+        Raises RejectedError with the reason why not.
+        """
+        reason = unfit(manifest, frame.header)
         if reason:
             raise RejectedError(reason)
         if frame.header.pixel_um is None and not self._said_unknown:
             self._said_unknown = True
-            lowest, highest = self._manifest.pixel_um
+            lowest, highest = manifest.pixel_um
             log.warning(
                 "Micro-Manager does not know the pixel size, so nobody checks that the generator "
                 "fits it (%g to %g um); calibrate it in Micro-Manager's pixel size configuration",
@@ -58,10 +60,10 @@ class Admission:
             )
         channel = frame.header.channel
         modality = self._modality(channel)
-        if modality not in (None, self._manifest.modality):
+        if modality not in (None, manifest.modality):
             raise RejectedError(
                 f"[channels.{channel}] modality is {modality}, generator "
-                f"{self._manifest.name!r} is for {self._manifest.modality}"
+                f"{manifest.name!r} is for {manifest.modality}"
             )
         if channel not in self._scalings:
             chosen = self._sibling(channel) or scaling.derive([frame.pixels])

@@ -1,4 +1,4 @@
-"""The branch as one thing: model package, link, supervised worker; started and stopped together."""
+"""The branch as one thing: link and workers, started, replaced and stopped together."""
 
 import contextlib
 import os
@@ -6,15 +6,15 @@ import secrets
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from acquire.crew import Crew, seats
 from acquire.intake import Intake
 from acquire.link import Link
-from acquire.supervisor import Supervisor, worker_arguments
 from engine import package
 from engine.package import Package
 from engine.scaling import Scaling
@@ -29,23 +29,140 @@ PRIVATE = "refocus-link-"
 """Beginning of the name of a private folder; the process that uses it follows."""
 
 
-@dataclass(frozen=True, slots=True)
 class EngineSide:
-    """A started engine."""
+    """A started engine: the link, and the crew whose generator is in use.
 
-    package: Package
-    link: Link
-    supervisor: Supervisor
-    _closing: contextlib.ExitStack
+    *run*: the run's folder. *scalings*: those that it has already, by channel. *expected_shape*
+    (y, x): workers get ready for it before the first frame. Raises EngineError where the link
+    cannot listen.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        intake: Intake,
+        run: Path,
+        expected_shape: tuple[int, int] | None,
+        on_trouble: Callable[[str], None],
+        scalings: Mapping[str, Scaling],
+    ) -> None:
+        self._settings = settings
+        self._intake = intake
+        self._logs = journal_dir(run)
+        self._expected_shape = expected_shape
+        self._on_trouble = on_trouble
+        self._secret = secrets.token_hex(16)
+        self._crews: list[Crew] = []
+        self.crew: Crew | None = None
+        """That whose generator is in use; None while there is none that can be used."""
+        self.changed = threading.Event()
+        """Set when a worker has introduced itself or was given up."""
+        with contextlib.ExitStack() as closing:
+            self.link = Link(
+                intake,
+                settings,
+                scalings,
+                address=_address(settings, closing),
+                secret=self._secret,
+                on_ready=self._introduced,
+                on_gone=self._kill,
+                on_trouble=on_trouble,
+            )
+            self._closing = closing.pop_all()
+
+    @property
+    def package(self) -> Package | None:
+        """The generator in use."""
+        return self.crew.package if self.crew else None
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers in use that run on this computer."""
+        return self.crew.pids if self.crew else []
 
     @property
     def hopeless(self) -> bool:
         """No worker is left and none will be started any more."""
-        return self.supervisor.gave_up.is_set() and not self.link.workers
+        return all(crew.hopeless for crew in list(self._crews)) and not self.link.workers
+
+    def prepare(self, package: Package) -> Crew:
+        """Starts workers for *package*, which compile for the latest frame and then wait."""
+        crew = self._make(package)
+        self.link.let_in(package)
+        crew.start()
+        return crew
+
+    def use(self, crew: Crew) -> None:
+        """From the next frame on this crew works; the one before finishes what it has."""
+        if self.crew is not None:
+            self.crew.retire()
+        self.crew = crew
+        self.link.use(crew.package)
+        for device, reason in crew.given_up.items():
+            self._on_trouble(f"no worker on device {device}: {reason}")
+
+    def begin(self, package: Package) -> None:
+        """Starts workers for *package* and gives them the frames as soon as they are ready."""
+        crew = self._make(package)
+        self.use(crew)
+        crew.start()
+
+    def drop(self, crew: Crew) -> None:
+        """Ends a crew that is not in use."""
+        self.link.turn_away(crew.package)
+        crew.close()
+        self._crews.remove(crew)
 
     def close(self) -> None:
-        """Stops link and worker; every frame they still had is answered for."""
+        """Stops link and workers; every frame they still had is answered for."""
+        self.link.close()  # first: it tells the workers to leave
+        for crew in self._crews:
+            crew.close()
         self._closing.close()
+
+    def _make(self, package: Package) -> Crew:
+        crew = Crew(
+            package,
+            self._settings,
+            seats(self._settings),
+            address=self.link.address,
+            secret=self._secret,
+            warm=self.link.latest_shape or self._expected_shape,
+            logs=self._logs,
+            on_event=self._heard,
+        )
+        self._crews.append(crew)
+        return crew
+
+    # -- link's thread ---------------------------------------------------------------------------
+
+    def _introduced(self, pid: int) -> None:
+        for crew in list(self._crews):
+            crew.introduced(pid)
+        self.changed.set()
+
+    def _kill(self, pid: int, reason: str) -> None:
+        for crew in list(self._crews):
+            crew.kill(pid, reason)
+
+    # -- a supervisor's thread -------------------------------------------------------------------
+
+    def _heard(self, crew: Crew, kind: str, fields: dict[str, object]) -> None:
+        self._intake.note(lambda writer: writer.note_event(kind, **fields))
+        if kind != "worker_given_up":
+            return
+        if crew is self.crew:
+            self._tell(crew, fields)
+        self.changed.set()
+
+    def _tell(self, crew: Crew, fields: dict[str, object]) -> None:
+        if not crew.hopeless:
+            self._on_trouble(f"no worker on device {fields['device']}: {fields['reason']}")
+            return
+        reason = f"the worker cannot run: {fields['reason']}"
+        self._on_trouble(f"no refocusing: {reason}")
+        if self.link.workers == 0 and not self._settings.link.keys:
+            self._intake.no_engine = reason
 
 
 def check_address(settings: Settings) -> None:
@@ -67,7 +184,7 @@ def start_engine(
     *,
     scalings: Mapping[str, Scaling] | None = None,
 ) -> EngineSide | None:
-    """Starts link and worker, or returns None where the settings want no engine.
+    """Starts link and workers, or returns None where the settings want no engine.
 
     *scalings*: those that the *run* has already, by channel.
     Raises PackageError for an unusable generator, EngineError where the link cannot listen.
@@ -75,38 +192,9 @@ def start_engine(
     if settings.engine.runtime == "none":
         return None
     loaded = package.load(package.find(settings.engine.generator))
-    secret = secrets.token_hex(16)
-
-    def event(kind: str, fields: dict[str, object]) -> None:
-        intake.note(lambda writer: writer.note_event(kind, **fields))
-        if kind == "worker_given_up":
-            reason = f"the worker cannot run: {fields['reason']}"
-            on_trouble(f"no refocusing: {reason}")
-            if link.workers == 0:
-                intake.no_engine = reason
-
-    with contextlib.ExitStack() as closing:
-        link = Link(
-            intake,
-            settings,
-            loaded,
-            scalings or {},
-            address=_address(settings, closing),
-            secret=secret,
-            on_ready=lambda pid: supervisor.introduced(pid),
-            on_gone=lambda pid, reason: supervisor.kill(pid, reason),
-            on_trouble=on_trouble,
-        )
-        supervisor = Supervisor(
-            worker_arguments(link.address, loaded.folder, settings, expected_shape),
-            secret,
-            journal_dir(run) / "worker.log",
-            settings.engine.warmup_timeout_ms / 1000,
-            event,
-        )
-        closing.callback(supervisor.close)
-        closing.callback(link.close)  # first: it tells the workers to leave
-        return EngineSide(loaded, link, supervisor, closing.pop_all())
+    engine = EngineSide(settings, intake, run, expected_shape, on_trouble, scalings or {})
+    engine.begin(loaded)
+    return engine
 
 
 def _address(settings: Settings, closing: contextlib.ExitStack) -> str:

@@ -12,27 +12,26 @@ every frame it took exactly once:
 
 A worker that goes silent or hangs is given up at once: its epoch is retired, its process killed by
 the supervisor, and whatever it still says is late. Nothing here can delay the hook or the writer.
+
+Which generator's workers are served may change between two frames: the next one goes to the new
+generator, and what the old one has in work it still answers for, under its own name.
 """
 
-import contextlib
-import hmac
 import logging
-import socket
+import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
 
-import zmq
-
-from acquire.admission import Admission
+from acquire.exchange import Exchange
 from acquire.intake import Intake
-from acquire.items import Answer, Maker, Plane
-from acquire.peers import GivenUp, Limits, Peer
+from acquire.peers import Limits, Peer, Roster
+from acquire.router import Router
 from engine.package import Package
 from engine.scaling import Scaling
 from refocus import wire
-from refocus.errors import EngineError, RejectedError, WireError
-from refocus.frame import Frame, FrameHeader, Pixels, RefocusOutcome
+from refocus.errors import WireError
+from refocus.frame import Pixels
 from refocus.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -44,9 +43,10 @@ MOST_MESSAGES = 64
 
 
 class Link:
-    """Serves any number of workers that connect to *address* with *secret* and *package*'s hash.
+    """Serves any number of workers that connect to *address* and know *secret*.
 
-    *scalings*: those that the run has already, by channel.
+    No frame is handed out before a generator is put to `use`. *scalings*: those that the run has
+    already, by channel.
     Called from the link's thread: *on_ready(pid)* for a worker that has introduced itself,
     *on_gone(pid, reason)* for one that was given up, *on_trouble(line)* if the link itself fails,
     which ends refocusing for this run. Raises EngineError where *address* cannot be opened.
@@ -56,7 +56,6 @@ class Link:
         self,
         intake: Intake,
         settings: Settings,
-        package: Package,
         scalings: Mapping[str, Scaling],
         *,
         address: str,
@@ -66,8 +65,6 @@ class Link:
         on_trouble: Callable[[str], None],
     ) -> None:
         self._intake = intake
-        self._package = package
-        self._secret = secret
         self._on_ready = on_ready
         self._on_gone = on_gone
         self._on_trouble = on_trouble
@@ -77,110 +74,137 @@ class Link:
             frame=settings.engine.frame_timeout_ms * 1_000_000,
             warmup=settings.engine.warmup_timeout_ms * 1_000_000,
         )
-        self._peers: dict[str, Peer] = {}
-        self._given_up = GivenUp()
+        self._roster = Roster(secret)
         self.runtime = ""
-        """What the latest worker runs the generator with."""
-        self._admission = Admission(
-            package.manifest, settings.channels, scalings, self._note_scaling
-        )
+        """What the latest worker that gets frames runs the generator with."""
         self._last_beat_ns = 0
+        self._wishes: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._ready = threading.Event()
-        self._context = zmq.Context()
-        try:
-            self._router = _open_router(self._context, address)
-        except EngineError:
-            self._context.destroy(linger=0)
-            raise
-        self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
-        """Where the link really listens (a free port has been chosen by now)."""
-        self._bell, self._ring = socket.socketpair()
-        self._bell.setblocking(False)
-        self._ring.setblocking(False)
-        intake.ring = self._wake
+        self._router = Router(address)
+        self.address = self._router.address
+        """Where the link really listens."""
+        self._exchange = Exchange(intake, settings.channels, scalings, self._router.send)
+        intake.ring = self._router.wake
         self._thread = threading.Thread(target=self._run, name="refocus-link")
         self._thread.start()
 
+    # -- any thread ------------------------------------------------------------------------------
+
+    def let_in(self, package: Package) -> None:
+        """Workers of *package* may introduce themselves; they get no frame before its `use`."""
+        self._wish(lambda: self._roster.let_in(package))
+
+    def turn_away(self, package: Package) -> None:
+        """Workers of *package* are not wanted after all."""
+        self._wish(lambda: self._roster.turn_away(package))
+
+    def use(self, package: Package) -> None:
+        """From the next frame on, workers of *package* get the frames, and no others.
+
+        The run notes which is the first number that none but this generator can have got. Workers
+        of the one before answer for what they have, then they are told to leave.
+        """
+        self._wish(lambda: self._use(package))
+
     def wait_ready(self, timeout_s: float) -> bool:
-        """Any thread. True once a worker has introduced itself."""
+        """True once a worker has introduced itself that gets frames."""
         return self._ready.wait(timeout_s)
 
     @property
+    def latest_shape(self) -> tuple[int, int] | None:
+        """Of the latest frame (y, x) that a worker was given."""
+        return self._exchange.latest_shape
+
+    @property
     def workers(self) -> int:
-        """Workers that are alive now."""
-        return len(self._peers)
+        """Workers that get frames and are alive now."""
+        return len(self._roster.serving)
+
+    def workers_of(self, package: Package) -> int:
+        """Workers of *package* that are alive now, whether they get frames or not."""
+        return len(self._roster.running(package))
 
     def close(self) -> None:
         """After `Intake.end`. Workers are told to stop, frames they still have are booked LOST."""
         self._stopping.set()
         self._thread.join()
-        self._router.close(0)
-        self._context.term()
-        self._bell.close()
-        self._ring.close()
+        self._router.close()
 
-    def _wake(self) -> None:
-        with contextlib.suppress(OSError):  # full: the link is awake anyway; or closed
-            self._ring.send(b"!")
+    def _wish(self, wish: Callable[[], None]) -> None:
+        self._wishes.put(wish)
+        self._router.wake()
 
     # -- the link's thread from here on ----------------------------------------------------------
 
     def _run(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._router, zmq.POLLIN)
-        poller.register(self._bell, zmq.POLLIN)
         try:
             while not self._stopping.is_set():
-                self._turn(poller)
+                self._turn()
         except Exception as error:  # noqa: BLE001 - frames must have their outcome all the same
             reason = f"the link to the engine failed: {error!r}"
             self._intake.no_engine = reason
             self._on_trouble(f"{reason}; recording goes on without refocusing")
         finally:
-            for peer in list(self._peers.values()):
-                self._send(peer.identity, wire.Bye(epoch=peer.hello.epoch))
-                self._retire(peer, "unanswered when the run ended")
+            for peer in list(self._roster.peers.values()):
+                self._dismiss(peer, "unanswered when the run ended")
             while not self._stopping.wait(0.02) or self._intake.slot_waiting:
-                self._skip_waiting()
+                self._exchange.skip_waiting()
 
-    def _skip_waiting(self) -> None:
-        while (frame := self._intake.take_newest()) is not None:
-            reason = self._intake.no_engine or "the run ended first"
-            self._answer(frame.header, RefocusOutcome.SKIPPED, reason)
-
-    def _turn(self, poller: zmq.Poller) -> None:
-        ready = dict(poller.poll(self._beat_ns // 2_000_000))
-        if self._bell.fileno() in ready:
-            self._bell.recv(4096)
+    def _turn(self) -> None:
+        self._router.wait(self._beat_ns // 2_000_000)
         self._receive()
+        while not self._wishes.empty():
+            self._wishes.get()()
         now_ns = time.monotonic_ns()
         self._watch(now_ns)
         if now_ns - self._last_beat_ns >= self._beat_ns:
             self._beat()
             self._last_beat_ns = now_ns
         self._dispatch()
+        for peer in self._roster.done():
+            self._dismiss(peer, "its generator is not in use any more")
+
+    def _use(self, package: Package) -> None:
+        self._roster.use(package)
+        manifest = package.manifest
+        self._note(
+            "generator_in_use",
+            from_seq=self._exchange.next_seq,
+            name=manifest.name,
+            version=manifest.version,
+            package_hash=package.hash,
+        )
+        self._intake.no_engine = ""
+        self._mark_ready()
+
+    def _mark_ready(self) -> None:
+        if serving := self._roster.serving:
+            self.runtime = serving[-1].hello.runtime
+            self._ready.set()
+        else:
+            self._ready.clear()
 
     def _receive(self) -> None:
         for _ in range(MOST_MESSAGES):  # a flood must not keep us from watching the others
-            try:
-                identity, *parts = self._router.recv_multipart(zmq.DONTWAIT, copy=False)
-            except zmq.Again:
+            received = self._router.receive()
+            if received is None:
                 return
+            identity, parts = received[0].bytes, received[1:]
             try:
                 message, pixels = wire.decode(parts)
-                self._handle(identity.bytes, message, pixels)
+                self._handle(identity, message, pixels)
             except WireError as error:
                 log.warning("a message was thrown away: %s", error)
-                for peer in list(self._peers.values()):
-                    if identity.bytes in (peer.identity, peer.beat_identity):
+                for peer in list(self._roster.peers.values()):
+                    if identity in (peer.identity, peer.beat_identity):
                         self._give_up(peer, f"malformed message: {error}")
 
     def _handle(self, identity: bytes, message: wire.Message, pixels: Pixels | None) -> None:
         if isinstance(message, wire.Hello):
             self._introduce(identity, message)
             return
-        peer = self._peers.get(message.epoch)
+        peer = self._roster.peers.get(message.epoch)
         if peer is None:
             self._late(identity, message)
             return
@@ -192,76 +216,39 @@ class Link:
             case wire.Busy(what=what):
                 peer.busy, peer.progress_ns = what, now_ns
             case wire.Result():
-                self._result(peer, message, pixels)
+                self._exchange.result(peer, message, pixels)
             case wire.Fault():
-                self._fault(peer, message)
+                self._exchange.fault(peer, message)
             case wire.Bye():
                 self._retire(peer, "the worker left")
             case _:
                 raise WireError(f"a worker does not send {type(message).__name__}")
 
     def _introduce(self, identity: bytes, hello: wire.Hello) -> None:
-        refusal = ""
-        if hello.protocol != wire.PROTOCOL:
-            refusal = f"it speaks protocol {hello.protocol}, this daemon {wire.PROTOCOL}"
-        elif not hmac.compare_digest(hello.secret.encode(), self._secret.encode()):
-            refusal = "it does not know the secret"
-        elif hello.model != self._package.hash:
-            refusal = f"it runs generator {hello.model[:12]}, wanted {self._package.hash[:12]}"
-        elif hello.epoch in self._peers or hello.epoch in self._given_up:
-            refusal = "its epoch was used before"
+        refusal = self._roster.refusal(hello)
         if refusal:
             log.warning("a worker (pid %d) was refused: %s", hello.pid, refusal)
-            self._send(identity, wire.Bye(epoch=hello.epoch, refused=refusal))
+            self._router.send(identity, wire.Bye(epoch=hello.epoch, refused=refusal))
             return
-        now_ns = time.monotonic_ns()
-        manifest = self._package.manifest
-        maker = Maker(hello.model, manifest.name, manifest.version, hello.runtime)
-        self._peers[hello.epoch] = Peer(hello, maker, identity, seen_ns=now_ns, progress_ns=now_ns)
+        self._roster.enter(hello, identity, time.monotonic_ns())
         self._note("worker_ready", pid=hello.pid, runtime=hello.runtime, shapes=hello.shapes)
-        self.runtime = hello.runtime
         self._on_ready(hello.pid)
-        self._ready.set()
-
-    def _result(self, peer: Peer, result: wire.Result, pixels: Pixels | None) -> None:
-        sent = self._settle(peer, result.seq)
-        if pixels is None or (tuple(result.shape), result.dtype) != (sent.shape, sent.dtype):
-            reason = f"the worker answered {result.shape} {result.dtype}"
-            wanted = f"wanted {sent.shape} {sent.dtype}"
-            self._answer(sent, RefocusOutcome.FAILED, f"{reason}, {wanted}", peer.maker)
-            return
-        plane = Plane(pixels, result.clipped)
-        self._intake.answer(
-            Answer(result.seq, RefocusOutcome.REFOCUSED, plane=plane, maker=peer.maker)
-        )
-
-    def _fault(self, peer: Peer, fault: wire.Fault) -> None:
-        sent = self._settle(peer, fault.seq)
-        outcome = RefocusOutcome.REJECTED if fault.rejected else RefocusOutcome.FAILED
-        self._answer(sent, outcome, fault.reason, peer.maker)
-
-    def _settle(self, peer: Peer, seq: int) -> FrameHeader:
-        header = peer.working.pop(seq, None)
-        if header is None:
-            raise WireError(f"an answer for frame {seq}, which this worker was not given")
-        peer.busy, peer.progress_ns = "", time.monotonic_ns()
-        return header
+        self._mark_ready()
 
     def _late(self, identity: bytes, message: wire.Message) -> None:
         """Something under an epoch that is not (or no longer) known."""
         epoch = message.epoch
         if isinstance(message, wire.Result | wire.Fault):
-            if self._given_up.claim(epoch, message.seq):
-                reason = "answered after its worker had been given up"
-                self._intake.answer(Answer(message.seq, RefocusOutcome.LATE, reason))
+            if self._roster.given_up.claim(epoch, message.seq):
+                self._exchange.late(message.seq)
             return
         now_ns = time.monotonic_ns()
         is_beat = isinstance(message, wire.Beat)
-        if is_beat and self._given_up.should_renew(epoch, now_ns, self._limits):
-            self._send(identity, wire.Renew(epoch=epoch))
+        if is_beat and self._roster.given_up.should_renew(epoch, now_ns, self._limits):
+            self._router.send(identity, wire.Renew(epoch=epoch))
 
     def _watch(self, now_ns: int) -> None:
-        for peer in list(self._peers.values()):
+        for peer in list(self._roster.peers.values()):
             if fault := peer.fault(now_ns, self._limits):
                 self._give_up(peer, fault)
 
@@ -271,84 +258,28 @@ class Link:
         self._retire(peer, f"its worker was given up: {reason}")
         self._on_gone(peer.hello.pid, reason)
 
+    def _dismiss(self, peer: Peer, reason: str) -> None:
+        self._router.send(peer.identity, wire.Bye(epoch=peer.hello.epoch))
+        self._retire(peer, reason)
+
     def _retire(self, peer: Peer, reason: str) -> None:
-        del self._peers[peer.hello.epoch]
-        if not self._peers:
-            self._ready.clear()
-        self._given_up.add(peer)
-        for header in peer.working.values():
-            self._answer(header, RefocusOutcome.LOST, reason)
+        self._roster.leave(peer)
+        self._mark_ready()
+        self._exchange.lost(peer, reason)
 
     def _beat(self) -> None:
-        for peer in list(self._peers.values()):
+        for peer in list(self._roster.peers.values()):
             if peer.beat_identity is not None:
-                self._send(peer.beat_identity, wire.Beat(epoch=peer.hello.epoch))
+                self._router.send(peer.beat_identity, wire.Beat(epoch=peer.hello.epoch))
 
     def _dispatch(self) -> None:
         while self._intake.planes_waiting < MAX_PLANES_WAITING:
-            peer = max(self._peers.values(), key=lambda p: p.credit, default=None)
-            if peer is None or peer.credit < 1:
+            peer = self._roster.freest()
+            frame = self._intake.take_newest() if peer is not None else None
+            if peer is None or frame is None:
                 return
-            frame = self._intake.take_newest()
-            if frame is None:
-                return
-            try:
-                self._hand_out(peer, frame)
-            except (RejectedError, WireError) as error:
-                self._answer(frame.header, RefocusOutcome.REJECTED, str(error), peer.maker)
-            except BaseException:
-                self._answer(frame.header, RefocusOutcome.FAILED, "the link failed on it")
-                raise
-
-    def _hand_out(self, peer: Peer, frame: Frame) -> None:
-        scaling = self._admission.admit(frame)
-        epoch, header = peer.hello.epoch, frame.header
-        job = wire.Job(epoch=epoch, frame=header, offset=scaling.offset, scale=scaling.scale)
-        if not peer.working:
-            peer.progress_ns = time.monotonic_ns()
-        if self._send(peer.identity, job, frame.pixels):
-            peer.working[header.seq] = header
-        else:
-            self._answer(header, RefocusOutcome.SKIPPED, "the worker went away")
-            self._give_up(peer, "unreachable")
-
-    def _note_scaling(self, channel: str, chosen: Scaling) -> None:
-        self._intake.note(lambda run: run.note_scaling(channel, chosen.offset, chosen.scale))
-
-    def _answer(
-        self, header: FrameHeader, outcome: RefocusOutcome, reason: str, maker: Maker | None = None
-    ) -> None:
-        self._intake.answer(Answer(header.seq, outcome, reason, maker=maker))
+            if not self._exchange.hand_out(peer, frame):
+                self._give_up(peer, "unreachable")
 
     def _note(self, kind: str, **fields: object) -> None:
         self._intake.note(lambda run: run.note_event(kind, **fields))
-
-    def _send(self, identity: bytes, message: wire.Message, pixels: Pixels | None = None) -> bool:
-        try:
-            parts = [identity, *wire.encode(message, pixels)]
-            self._router.send_multipart(parts, zmq.DONTWAIT, copy=False)
-        except zmq.ZMQError:  # nobody there, or its queue is full although it has no credit left
-            return False
-        return True
-
-
-def _open_router(context: "zmq.Context[zmq.Socket[bytes]]", address: str) -> "zmq.Socket[bytes]":
-    """Raises EngineError where *address* cannot be bound."""
-    router = context.socket(zmq.ROUTER)
-    for option, value in (
-        (zmq.LINGER, 0),
-        (zmq.ROUTER_MANDATORY, 1),  # a vanished worker is an error here, not a silent drop
-        (zmq.SNDHWM, 66),  # the largest credit + 2, so that a legal send never waits
-        (zmq.RCVHWM, 66),
-        (zmq.IMMEDIATE, 1),
-        (zmq.MAXMSGSIZE, wire.MAX_PIXEL_BYTES),
-    ):
-        router.setsockopt(option, value)
-    try:
-        router.bind(address)
-    except zmq.ZMQError as error:
-        raise EngineError(
-            f"[link] address {address} cannot be opened ({error}); another daemon may use it: "
-            "choose another port, or auto"
-        ) from error
-    return router

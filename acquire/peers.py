@@ -1,9 +1,16 @@
-"""What the link knows of its workers: the living, and the epochs that it has given up."""
+"""Whom the link serves: generators that are let in, their workers, epochs that were given up.
 
+One generator is in use: its workers get the frames. The workers of others may be let in beforehand,
+so that they are ready when theirs is put to use. Workers whose generator is not let in any more
+get nothing new; what they have they finish, then they are told to leave.
+"""
+
+import hmac
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from acquire.items import Maker
+from engine.package import Package
 from refocus import wire
 from refocus.frame import FrameHeader
 
@@ -27,7 +34,7 @@ class Peer:
     """One introduced worker. Times are monotonic, in ns."""
 
     hello: wire.Hello
-    maker: Maker
+    package: Package
     identity: bytes
     seen_ns: int
     progress_ns: int
@@ -38,6 +45,12 @@ class Peer:
     """Frame in work, as the last heartbeat said."""
     working: "OrderedDict[int, FrameHeader]" = field(default_factory=OrderedDict)
     """Frames that it was given and has not answered."""
+
+    @property
+    def maker(self) -> Maker:
+        """What it runs, as the run keeps it beside every plane."""
+        manifest = self.package.manifest
+        return Maker(self.package.hash, manifest.name, manifest.version, self.hello.runtime)
 
     @property
     def credit(self) -> int:
@@ -92,3 +105,76 @@ class GivenUp:
         if len(self._first_heard_ns) > EPOCHS_KEPT:
             self._first_heard_ns.popitem(last=False)
         return now_ns - first_ns > limits.silence
+
+
+class Roster:
+    """The generators that are let in, and their workers. Workers have to know *secret*."""
+
+    def __init__(self, secret: str) -> None:
+        self._secret = secret
+        self._let_in: dict[str, Package] = {}
+        self.in_use: Package | None = None
+        """The generator whose workers get the frames."""
+        self.peers: dict[str, Peer] = {}
+        """The living, by epoch."""
+        self.given_up = GivenUp()
+
+    def let_in(self, package: Package) -> None:
+        """From now on its workers may introduce themselves."""
+        self._let_in[package.hash] = package
+
+    def turn_away(self, package: Package) -> None:
+        """From now on its workers may not, and those that are here have to leave."""
+        self._let_in.pop(package.hash, None)
+
+    def use(self, package: Package) -> None:
+        """From now on its workers get the frames; those of the one before have to leave."""
+        if self.in_use is not None:
+            self.turn_away(self.in_use)
+        self.let_in(package)
+        self.in_use = package
+
+    def refusal(self, hello: wire.Hello) -> str:
+        """Why whoever says *hello* must not get a frame, or nothing."""
+        if hello.protocol != wire.PROTOCOL:
+            return f"it speaks protocol {hello.protocol}, this daemon {wire.PROTOCOL}"
+        if not hmac.compare_digest(hello.secret.encode(), self._secret.encode()):
+            return "it does not know the secret"
+        if hello.model not in self._let_in:
+            wanted = self.in_use.hash[:12] if self.in_use else "none now"
+            return f"it runs generator {hello.model[:12]}, wanted {wanted}"
+        if hello.epoch in self.peers or hello.epoch in self.given_up:
+            return "its epoch was used before"
+        return ""
+
+    def enter(self, hello: wire.Hello, identity: bytes, now_ns: int) -> Peer:
+        """A worker that was not refused."""
+        package = self._let_in[hello.model]
+        peer = Peer(hello, package, identity, seen_ns=now_ns, progress_ns=now_ns)
+        self.peers[hello.epoch] = peer
+        return peer
+
+    def leave(self, peer: Peer) -> None:
+        """It is gone, or as good as: its epoch is not valid any more."""
+        del self.peers[peer.hello.epoch]
+        self.given_up.add(peer)
+
+    def running(self, package: Package) -> list[Peer]:
+        """Workers of that generator that are alive. Any thread."""
+        return [peer for peer in list(self.peers.values()) if peer.package.hash == package.hash]
+
+    @property
+    def serving(self) -> list[Peer]:
+        """Workers that get frames. Any thread."""
+        in_use = self.in_use
+        return self.running(in_use) if in_use else []
+
+    def freest(self) -> Peer | None:
+        """The worker of the generator in use that can take most frames; None: none can take one."""
+        free = [peer for peer in self.serving if peer.credit > 0]
+        return max(free, key=lambda peer: peer.credit, default=None)
+
+    def done(self) -> list[Peer]:
+        """Workers that have to leave and have finished what they had."""
+        peers = self.peers.values()
+        return [p for p in peers if p.package.hash not in self._let_in and not p.working]

@@ -138,8 +138,9 @@ class Recorder:
 
     @property
     def worker_pid(self) -> int | None:
-        """Process id of the worker, None while there is none."""
-        return self._engine.supervisor.pid if self._engine else None
+        """Process id of a worker on this computer, None while there is none."""
+        pids = self._engine.pids if self._engine else []
+        return pids[0] if pids else None
 
     def wait_for_engine(self, timeout_s: float) -> bool:
         """True once a worker is ready; False where there is none after *timeout_s*."""
@@ -147,7 +148,7 @@ class Recorder:
         while time.monotonic() < deadline and self._engine and not self.stopping.is_set():
             if self._engine.link.wait_ready(POLL_S):
                 return True
-            if self._engine.supervisor.gave_up.is_set():
+            if self._engine.hopeless:
                 return False
         return False
 
@@ -168,7 +169,7 @@ class Recorder:
             raw_queue_mib=self._intake.waiting_bytes / 2**20,
             raw_queue_high_mib=self._intake.high_water_bytes / 2**20,
             workers=engine.link.workers if engine else 0,
-            generator=engine.package.manifest.name if engine else "",
+            generator=engine.package.manifest.name if engine and engine.package else "",
             runtime=engine.link.runtime if engine else "",
             trouble=self.trouble,
         )

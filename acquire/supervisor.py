@@ -19,9 +19,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 from refocus import wire
-from refocus.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +33,18 @@ POLL_S = 0.05
 CANNOT_BE_KILLED = -1000
 CANNOT_START = 2
 """Exit code of a worker that would fail again: wrong settings, unusable model package."""
+LEAVE_S = 0.5
+"""How long a worker that the link has told to leave may take before its input is closed."""
 STOP_S = 1.5
-"""How long a worker that was asked to stop may take before it is killed."""
+"""How long a worker whose input was closed may take before it is killed."""
 
 
 class Supervisor:
-    """Starts `python -m engine.worker` and restarts it; *on_event(kind, fields)* hears of it."""
+    """Keeps `python -m engine.worker` running between `start` and `close`.
+
+    *on_event(kind, fields)* hears of it, from the supervisor's thread. *hello_within_s*: how long
+    the worker may compile before it introduces itself. What it prints is added to *log_path*.
+    """
 
     def __init__(
         self,
@@ -56,12 +62,17 @@ class Supervisor:
         self._hello_within_s = hello_within_s
         self._on_event = on_event
         self._stopping = threading.Event()
+        self._retired = False
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._introduced = 0
+        self._log_from = 0
         self.gave_up = threading.Event()
         """No worker runs and none will be started any more."""
         self._thread = threading.Thread(target=self._run, name="refocus-supervisor")
+
+    def start(self) -> None:
+        """Starts the worker; to be called once, before anything else."""
         self._thread.start()
 
     @property
@@ -70,9 +81,15 @@ class Supervisor:
         process = self._process
         return process.pid if process is not None and process.poll() is None else None
 
+    @property
+    def is_introduced(self) -> bool:
+        """The worker that runs now has said HELLO."""
+        return self._introduced != 0 and self.pid == self._introduced
+
     def introduced(self, pid: int) -> None:
-        """The worker has said HELLO to the link, which watches it from now on."""
-        self._introduced = pid
+        """If *pid* is ours: it has said HELLO to the link, which watches it from now on."""
+        if self.pid == pid:
+            self._introduced = pid
 
     def kill(self, pid: int, reason: str) -> None:
         """Kills the worker if *pid* is still ours (a stopped process dies of it too)."""
@@ -81,9 +98,17 @@ class Supervisor:
                 log.warning("killing worker %d: %s", pid, reason)
                 self._process.kill()
 
-    def close(self) -> None:
-        """Stops the worker: end of its input, a short wait, then kill. Returns within seconds."""
+    def retire(self) -> None:
+        """From now on a worker that ends is not started again, and its end is no death."""
+        self._retired = True
+
+    def stop(self) -> None:
+        """Begins to end the worker, and returns at once."""
         self._stopping.set()
+
+    def close(self) -> None:
+        """Ends the worker: its input is closed, then it is killed. Returns within seconds."""
+        self.stop()
         self._thread.join()
 
     def _run(self) -> None:
@@ -95,10 +120,10 @@ class Supervisor:
     def _keep_alive(self) -> None:
         deaths: deque[float] = deque(maxlen=MOST_DEATHS)
         pause_s = FIRST_PAUSE_S
-        while not self._stopping.is_set():
+        while not (self._stopping.is_set() or self._retired):
             started = time.monotonic()
             code = self._one_life()
-            if self._stopping.is_set():
+            if self._stopping.is_set() or self._retired:
                 return
             now = time.monotonic()
             deaths.append(now)
@@ -119,6 +144,7 @@ class Supervisor:
     def _one_life(self) -> int:
         """Runs one worker to its end; returns its exit code (negative: the signal)."""
         with self._log_path.open("ab") as output:
+            self._log_from = output.tell()
             process = subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE,
@@ -139,14 +165,16 @@ class Supervisor:
             if mute and time.monotonic() - started > self._hello_within_s:
                 self.kill(process.pid, f"no word of it within {self._hello_within_s:g} s")
                 break
-        with contextlib.suppress(OSError):
-            process.stdin.close()
-        code = self._end(process)
+        code = self._end(process, process.stdin)
         with self._lock:
             self._process = None
         return code
 
-    def _end(self, process: "subprocess.Popen[bytes]") -> int:
+    def _end(self, process: "subprocess.Popen[bytes]", its_input: IO[bytes]) -> int:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(LEAVE_S if self.is_introduced else 0)
+        with contextlib.suppress(OSError):
+            its_input.close()
         try:
             return process.wait(STOP_S)
         except subprocess.TimeoutExpired:
@@ -159,22 +187,6 @@ class Supervisor:
 
     def _last_words(self) -> str:
         with contextlib.suppress(OSError):
-            lines = self._log_path.read_text(errors="replace").strip().splitlines()
-            return " | ".join(lines[-3:])[-500:]
+            said = self._log_path.read_bytes()[self._log_from :].decode(errors="replace")
+            return " | ".join(said.strip().splitlines()[-3:])[-500:]
         return ""
-
-
-def worker_arguments(
-    address: str, model: Path, settings: Settings, warm: tuple[int, int] | None
-) -> list[str]:
-    """Command line of `python -m engine.worker`; *warm*: a shape (y, x) to compile before HELLO."""
-    arguments = [
-        *("--address", address),
-        *("--model", str(model)),
-        *("--runtime", settings.engine.runtime),
-        *("--threads", str(settings.engine.threads)),
-        *("--beat-ms", str(settings.link.beat_ms)),
-    ]
-    if warm is not None:
-        arguments += ["--warm", f"{warm[0]}x{warm[1]}"]
-    return arguments

@@ -47,7 +47,8 @@ class EngineSettings(_Section, frozen=True, kw_only=True):
     runtime: RuntimeChoice = "auto"
     generator: str = "fluorescence"
     devices: tuple[int, ...] = (0,)
-    """GPUs, one worker each; where the runtime needs none there is one worker."""
+    """GPUs, one worker each; one worker where the runtime is the CPU's. Empty: none here, only
+    workers on other hosts."""
     threads: int = 0
     frame_timeout_ms: int = 10_000
     warmup_timeout_ms: int = 600_000
@@ -144,10 +145,11 @@ def parse(text: bytes, origin: str) -> Settings:
                 f"{origin}: [{section}] {key} must be at least {least:g}, got {value}"
             )
     devices = settings.engine.devices
-    if not devices or min(devices) < 0 or len(set(devices)) < len(devices):
+    none_here = not devices and not settings.link.keys
+    if none_here or any(d < 0 for d in devices) or len(set(devices)) < len(devices):
         raise SettingsError(
-            f"{origin}: [engine] devices must name each GPU once, counted from 0, as in [0, 1]; "
-            f"got {list(devices)}"
+            f"{origin}: [engine] devices must name each GPU once, counted from 0, as in [0, 1], or "
+            f"be [] where [link] keys lets in workers on other hosts; got {list(devices)}"
         )
     return settings
 

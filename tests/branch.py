@@ -86,13 +86,16 @@ class Branch:
     def outcomes(self) -> Counter[str]:
         return Counter(given[-1].outcome.name for given in self.answers.values())
 
+    @property
+    def pid(self) -> int | None:
+        """Process id of the first worker, None while there is none."""
+        return next(iter(self.engine.pids), None)
+
     def ready(self) -> int:
         """Waits for a worker and returns its process id."""
-        self.drain(
-            lambda: self.engine.link.wait_ready(0.01) and self.engine.supervisor.pid is not None
-        )
-        assert self.engine.supervisor.pid is not None
-        return self.engine.supervisor.pid
+        self.drain(lambda: self.engine.link.wait_ready(0.01) and self.pid is not None)
+        assert self.pid is not None
+        return self.pid
 
     def close(self) -> None:
         self.intake.end()
@@ -103,9 +106,10 @@ class Branch:
 
 def hello_of(b: Branch, epoch: str) -> wire.Hello:
     """A worker that the test plays itself."""
+    assert b.engine.package is not None
     return wire.Hello(
         epoch=epoch,
-        secret=b.engine.link._secret,
+        secret=b.engine._secret,
         pid=2**22 + 1,  # no process of ours: the supervisor leaves it alone
         model=b.engine.package.hash,
         runtime="test",

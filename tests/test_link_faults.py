@@ -20,7 +20,7 @@ from tests.branch import Branch, hello_of
 
 def lives_on(b: Branch, pid: int) -> None:
     """A new worker has taken over and refocuses."""
-    b.drain(lambda: b.engine.supervisor.pid not in (None, pid))
+    b.drain(lambda: b.pid not in (None, pid))
     b.ready()
     seq = b.send()
     b.drain(b.answered(seq))
@@ -61,7 +61,7 @@ def test_a_hung_worker_is_noticed_and_killed(branch: Callable[..., Branch], tmp_
     b.drain(b.answered(seq))
     assert b.answers[seq][0].outcome is RefocusOutcome.LOST
     assert "hung" in b.answers[seq][0].reason
-    b.drain(lambda: b.engine.supervisor.pid not in (None, pid))
+    b.drain(lambda: b.pid not in (None, pid))
 
 
 def test_a_thawed_worker_s_answer_is_late_and_it_introduces_itself_again(
@@ -143,11 +143,11 @@ def test_a_worker_that_cannot_start_is_not_tried_for_ever(
     package = identity_package.make(tmp_path / "damaged")
     b = branch(package)
     b.ready()
-    pid = b.engine.supervisor.pid
+    pid = b.pid
     (package.folder / "generator.onnx").write_bytes(b"damaged after the start")
     assert pid is not None
     os.kill(pid, signal.SIGTERM)
-    b.drain(b.engine.supervisor.gave_up.is_set)
+    b.drain(lambda: b.engine.hopeless)
     assert any("altered" in line for line in b.trouble), b.trouble
     seq = b.send()  # nobody is left to take it
     b.close()
@@ -156,8 +156,8 @@ def test_a_worker_that_cannot_start_is_not_tried_for_ever(
 
 def test_a_worker_frozen_before_its_first_word_is_replaced(branch: Callable[..., Branch]) -> None:
     b = branch(warmup_timeout_ms=1500)
-    b.drain(lambda: b.engine.supervisor.pid is not None)
-    pid = b.engine.supervisor.pid
+    b.drain(lambda: b.pid is not None)
+    pid = b.pid
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
     assert not b.engine.link.wait_ready(0)
@@ -196,7 +196,7 @@ def test_a_header_too_long_for_the_wire_costs_its_own_frame_alone(
     b.drain(b.answered(long, short))
     assert b.answers[long][0].outcome is RefocusOutcome.REJECTED
     assert b.answers[short][0].outcome is RefocusOutcome.REFOCUSED
-    assert b.engine.supervisor.pid == pid
+    assert b.pid == pid
 
 
 def test_a_link_that_fails_still_answers_for_every_frame(
@@ -223,7 +223,7 @@ def test_a_worker_that_cannot_even_be_started_is_said(
 ) -> None:
     monkeypatch.setattr("sys.executable", "/no/such/python")
     b = branch()
-    b.drain(b.engine.supervisor.gave_up.is_set)
+    b.drain(lambda: b.engine.hopeless)
     b.drain(lambda: bool(b.trouble))
     assert "cannot be started" in b.trouble[0]
     seq = b.send()

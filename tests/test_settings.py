@@ -55,6 +55,11 @@ def test_a_wrong_setting_is_named(text: str, words: list[str]) -> None:
         assert word in str(caught.value)
 
 
+def test_workers_on_other_hosts_may_be_the_only_ones() -> None:
+    alone = settings.parse(b"[engine]\ndevices = []\n[link]\nkeys = 'keys'", "my.toml")
+    assert alone.engine.devices == ()
+
+
 def test_the_first_file_found_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     user, here, explicit = (tmp_path / name for name in ("user.toml", "config.toml", "x.toml"))
     monkeypatch.chdir(tmp_path)
