@@ -18,6 +18,7 @@ from acquire.link import Link
 from engine import package
 from engine.package import Package
 from engine.scaling import Scaling
+from refocus import arena
 from refocus.errors import SettingsError
 from refocus.settings import Settings
 from store.layout import journal_dir
@@ -209,7 +210,8 @@ def _address(settings: Settings, closing: contextlib.ExitStack) -> str:
 
 
 def _sweep() -> None:
-    """Removes what recorders that were killed left in the folder for temporary files."""
+    """Removes what recorders that were killed left: shared memory, folders of sockets."""
+    arena.sweep()
     for folder in Path(tempfile.gettempdir()).glob(f"{PRIVATE}*-*"):
         pid = folder.name.removeprefix(PRIVATE).split("-")[0]
         if pid.isdigit() and not psutil.pid_exists(int(pid)):

@@ -47,6 +47,7 @@ class Exchange:
         try:
             return self._hand_out(peer, frame)
         except (RejectedError, WireError) as error:
+            peer.shared.drop(frame.header.seq)
             self.answer(frame.header, RefocusOutcome.REJECTED, str(error), peer.maker)
         except BaseException:
             self.answer(frame.header, RefocusOutcome.FAILED, "the link failed on it")
@@ -58,38 +59,50 @@ class Exchange:
         self.next_seq = max(self.next_seq, header.seq + 1)
         self.latest_shape = header.shape
         scaling = self._admission.admit(frame, peer.package.manifest)
+        epoch = peer.hello.epoch
+        if offer := peer.shared.offer(epoch, frame.pixels.nbytes):
+            self._send(peer.identity, offer, None)
+        place = peer.shared.put(header.seq, frame.pixels)
         job = wire.Job(
-            epoch=peer.hello.epoch, frame=header, offset=scaling.offset, scale=scaling.scale
+            epoch=epoch, frame=header, offset=scaling.offset, scale=scaling.scale, place=place
         )
         if not peer.working:
             peer.progress_ns = time.monotonic_ns()
-        if not self._send(peer.identity, job, frame.pixels):
+        if not self._send(peer.identity, job, frame.pixels if place is None else None):
             self.answer(header, RefocusOutcome.SKIPPED, "the worker went away")
             return False
         peer.working[header.seq] = header
         return True
 
     def result(self, peer: Peer, result: wire.Result, pixels: Pixels | None) -> None:
-        """The worker's plane. Raises WireError for a frame that it was not given."""
+        """The worker's plane. Raises WireError for a frame, or a place, that it was not given."""
+        plane, done = peer.shared.take(result, pixels)
         sent = self._settle(peer, result.seq)
-        if pixels is None or (tuple(result.shape), result.dtype) != (sent.shape, sent.dtype):
+        if (tuple(result.shape), result.dtype) != (sent.shape, sent.dtype):
+            done()
             reason = f"the worker answered {result.shape} {result.dtype}"
             wanted = f"wanted {sent.shape} {sent.dtype}"
             self.answer(sent, RefocusOutcome.FAILED, f"{reason}, {wanted}", peer.maker)
             return
-        plane = Plane(pixels, result.clipped)
         self._intake.answer(
-            Answer(result.seq, RefocusOutcome.REFOCUSED, plane=plane, maker=peer.maker)
+            Answer(
+                result.seq,
+                RefocusOutcome.REFOCUSED,
+                plane=Plane(plane, result.clipped, done),
+                maker=peer.maker,
+            )
         )
 
     def fault(self, peer: Peer, fault: wire.Fault) -> None:
         """Why the worker has no plane. Raises WireError for a frame that it was not given."""
         sent = self._settle(peer, fault.seq)
+        peer.shared.drop(fault.seq)
         outcome = RefocusOutcome.REJECTED if fault.rejected else RefocusOutcome.FAILED
         self.answer(sent, outcome, fault.reason, peer.maker)
 
     def lost(self, peer: Peer, reason: str) -> None:
         """The worker will not answer for what it still has."""
+        peer.shared.close()
         for header in peer.working.values():
             self.answer(header, RefocusOutcome.LOST, reason)
 

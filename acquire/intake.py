@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from acquire import header
 from acquire.header import Hardware
-from acquire.items import Answer, Arrival, Exposure, Item, Note, Refused
+from acquire.items import Answer, Arrival, Exposure, Item, Note, Plane, Refused
 from refocus.errors import RefocusError
 from refocus.frame import Frame, RefocusOutcome
 
@@ -235,8 +235,9 @@ class Intake:
         """The frame has left the queue, onto the disk or failed."""
         self._bytes_out += item.weight_bytes
 
-    def plane_settled(self) -> None:
-        """A refocused plane has left the queue."""
+    def plane_settled(self, plane: Plane) -> None:
+        """A refocused plane has left the queue, onto the disk or not."""
+        plane.done()
         self._planes_out += 1
 
     # -- any thread ------------------------------------------------------------------------------

@@ -55,10 +55,15 @@ class Maker:
 
 @dataclass(frozen=True, slots=True)
 class Plane:
-    """A refocused plane (y, x) and how it came about."""
+    """A refocused plane (y, x) and how it came about.
+
+    *done* is to be called, from any thread, when nobody looks at the pixels any more: other pixels
+    may lie there then.
+    """
 
     pixels: Pixels
     clipped: int
+    done: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from acquire.exchange import Exchange
 from acquire.intake import Intake
 from acquire.peers import Limits, Peer, Roster
 from acquire.router import Router
+from acquire.shared import SharedPixels
 from engine.package import Package
 from engine.scaling import Scaling
 from refocus import wire
@@ -74,6 +75,7 @@ class Link:
             frame=settings.engine.frame_timeout_ms * 1_000_000,
             warmup=settings.engine.warmup_timeout_ms * 1_000_000,
         )
+        self._may_share = settings.link.shared_memory
         self._roster = Roster(secret)
         self.runtime = ""
         """What the latest worker that gets frames runs the generator with."""
@@ -219,6 +221,8 @@ class Link:
                 self._exchange.result(peer, message, pixels)
             case wire.Fault():
                 self._exchange.fault(peer, message)
+            case wire.Taken():
+                peer.shared.taken(message)
             case wire.Bye():
                 self._retire(peer, "the worker left")
             case _:
@@ -230,7 +234,9 @@ class Link:
             log.warning("a worker (pid %d) was refused: %s", hello.pid, refusal)
             self._router.send(identity, wire.Bye(epoch=hello.epoch, refused=refusal))
             return
-        self._roster.enter(hello, identity, time.monotonic_ns())
+        peer = self._roster.enter(hello, identity, time.monotonic_ns())
+        if hello.shared_memory and self._may_share:
+            peer.shared = SharedPixels(hello.credit + MAX_PLANES_WAITING)
         self._note("worker_ready", pid=hello.pid, runtime=hello.runtime, shapes=hello.shapes)
         self._on_ready(hello.pid)
         self._mark_ready()

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from acquire.items import Maker
+from acquire.shared import SharedPixels
 from engine.package import Package
 from refocus import wire
 from refocus.frame import FrameHeader
@@ -45,6 +46,7 @@ class Peer:
     """Frame in work, as the last heartbeat said."""
     working: "OrderedDict[int, FrameHeader]" = field(default_factory=OrderedDict)
     """Frames that it was given and has not answered."""
+    shared: SharedPixels = field(default_factory=SharedPixels)
 
     @property
     def maker(self) -> Maker:

@@ -166,7 +166,7 @@ class Writing:
             # a frame, LATE after LOST.
             self._hook_times_ns.pop(answer.seq, None)
             if answer.plane is not None:
-                self._intake.plane_settled()
+                self._intake.plane_settled(answer.plane)
 
     def _generator(self, answer: Answer) -> int:
         """Number in the run of the generator that gave the answer, 0 where none did."""

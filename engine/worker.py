@@ -1,13 +1,14 @@
 """The engine's end of the wire: python -m engine.worker --address ADDRESS --model FOLDER.
 
-One thread owns the runtime and everything on the GPU: it takes a frame, refocuses it, checks it,
-answers, and only then looks for the next. A second thread does nothing but the heartbeat, on a
-socket of its own, so that a long computation is no silence and a stopped process is.
+One thread owns the runtime and everything on the GPU: it takes a frame and has the runtime start on
+it, as many at once as that has slots, and otherwise waits for the oldest, checks it and answers:
+answers go in the order of the starts. How they travel, and the heartbeat, is engine/uplink.py.
 
 The worker may be killed at any time: it holds nothing that anyone needs. It leaves by itself when
 the recorder that started it is gone (--supervised) or when it hears no heartbeat for a while
-(the daemon, perhaps on another host, is gone). It runs below normal priority: a frame on its way
-to the disk matters more than a frame that waits here.
+(the daemon, perhaps on another host, is gone). After a `GpuError` nothing on its GPU can be trusted
+any more: it says so for every plane in work and leaves with code 1, to be started again. It runs
+below normal priority: a frame on its way to the disk matters more than a frame that waits here.
 """
 
 import argparse
@@ -17,187 +18,194 @@ import os
 import signal
 import sys
 import threading
-import time
-import uuid
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import zmq
 
 from engine import checks, package
-from engine.runtimes import Runtime, open_runtime
+from engine.gpu import GpuError, GpuMemoryError
+from engine.runtimes import Answer, Runtime, choose
 from engine.scaling import Scaling
+from engine.uplink import Uplink
 from refocus import wire
 from refocus.errors import RefocusError, RejectedError, SettingsError, WireError
 from refocus.frame import Pixels
 
-CREDIT = 2
-"""Frames held at once: one in work, and the next one here already when it is done."""
-DEAF_BEATS = 40
-"""After so many heartbeats of the link that did not come, the worker leaves."""
-SEND_TIMEOUT_MS = 5000
 
+def main(
+    argv: Sequence[str] | None = None,
+    open_runtime: Callable[[argparse.Namespace], Runtime] | None = None,
+) -> int:
+    """Runs a worker until it is told to stop; *open_runtime* takes the place of `choose`.
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a worker until it is told to stop. Exit code 0, or 2 when it cannot start."""
-    arguments = _arguments(argv)
+    Exit code 0, 1 where the GPU failed, or 2 when it cannot start.
+    """
+    given = _arguments(argv)
     _step_back()
-    if arguments.supervised:
+    if given.supervised:
         _leave_with_parent()
     try:
-        loaded = package.load(arguments.model)
-        runtime = open_runtime(arguments.runtime, arguments.threads or None)
-        if arguments.warm:
-            runtime.load(loaded, arguments.warm)
+        loaded = package.load(given.model)
+        runtime = (open_runtime or _open_runtime)(given)
+        try:
+            _work(given, loaded, runtime)
+        except GpuError as error:
+            _say(str(error))
+            os._exit(error.exit_code)  # to release anything of a broken GPU context may hang
+        finally:
+            runtime.close()
     except RefocusError as error:
-        print(f"worker: {error}", file=sys.stderr, flush=True)
+        _say(str(error))
         return error.exit_code
-    context = zmq.Context()
-    try:
-        _Worker(context, arguments, loaded, runtime).run()
-    except RefocusError as error:
-        print(f"worker: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    except zmq.Again:
-        print(f"worker: nobody listens at {arguments.address}", file=sys.stderr, flush=True)
-        return SettingsError.exit_code
-    finally:
-        runtime.close()
-        context.destroy(linger=0)
     return 0
 
 
+def _open_runtime(given: argparse.Namespace) -> Runtime:
+    chosen = choose(given.runtime, given.threads or None, given.device, _say)
+    _say(f"{chosen.runtime.name}: {chosen.why}")
+    return chosen.runtime
+
+
+def _work(given: argparse.Namespace, loaded: package.Package, runtime: Runtime) -> None:
+    context = zmq.Context()
+    uplink = Uplink(context, given.address, given.beat_ms)
+    try:
+        _Worker(uplink, given.beat_ms, loaded, runtime).run(given.warm)
+    except zmq.Again as error:
+        raise SettingsError(f"nobody listens at {given.address}") from error
+    finally:
+        uplink.close()
+        context.term()
+
+
+class _InWork(NamedTuple):
+    """A plane that the runtime has started on."""
+
+    job: wire.Job
+    raw: Pixels
+    answer: Answer
+
+
 class _Worker:
-    """The work loop; the heartbeat's thread shares `_epoch`, `_seq` and `_renew` with it."""
+    """The work loop."""
 
     def __init__(
-        self,
-        context: zmq.Context[zmq.Socket[bytes]],
-        arguments: argparse.Namespace,
-        loaded: package.Package,
-        runtime: Runtime,
+        self, uplink: Uplink, beat_ms: int, loaded: package.Package, runtime: Runtime
     ) -> None:
-        self._context = context
-        self._address: str = arguments.address
-        self._beat_ms: int = arguments.beat_ms
-        self._shape: tuple[int, int] | None = arguments.warm
-        self._secret = os.environ.get(wire.SECRET_VARIABLE, "")
+        self._uplink = uplink
+        self._quiet_ms = beat_ms
         self._package = loaded
         self._runtime = runtime
-        self._epoch = ""
-        self._seq: int | None = None
-        self._renew = threading.Event()
-        self._stopped = threading.Event()
-        self._socket = _dealer(context, self._address)
+        self._shape: tuple[int, int] | None = None
+        self._in_work: deque[_InWork] = deque()
 
-    def run(self) -> None:
-        """Works until BYE."""
+    def run(self, warm: tuple[int, int] | None) -> None:
+        """Works until BYE; *warm*: a shape to get ready for before HELLO."""
+        if warm:
+            with contextlib.suppress(RejectedError):  # every plane of this shape will hear why
+                self._runtime.load(self._package, warm)
+                self._shape = warm
         self._introduce()
-        heart = threading.Thread(target=self._beat, name="refocus-beat", daemon=True)
-        heart.start()
         try:
             while self._serve():
                 pass
-        finally:
-            self._stopped.set()
-            heart.join()
+        except GpuError as error:
+            self._leave(error)
+            raise
 
     def _introduce(self) -> None:
-        self._renew.clear()
-        self._epoch = uuid.uuid4().hex
-        hello = wire.Hello(
-            epoch=self._epoch,
-            secret=self._secret,
-            pid=os.getpid(),
-            model=self._package.hash,
-            runtime=self._runtime.name,
-            shapes=[self._shape] if self._shape else [],
-            credit=CREDIT,
-        )
-        self._socket.send_multipart(wire.encode(hello))
+        runtime = self._runtime
+        self._uplink.introduce(self._package.hash, runtime.name, runtime.slots, self._shape)
 
     def _serve(self) -> bool:
-        """One message, or one quiet moment. False: told to stop."""
-        if not self._socket.poll(self._beat_ms):
-            if self._renew.is_set():
+        """One message, one plane answered, or one quiet moment. False: told to stop."""
+        may_start = len(self._in_work) < self._runtime.slots
+        if not (may_start and self._uplink.poll(0 if self._in_work else self._quiet_ms)):
+            if self._in_work:
+                self._finish_oldest()
+            elif self._uplink.must_renew:
                 self._introduce()
             return True
         try:
-            message, pixels = wire.decode(self._socket.recv_multipart(copy=False))
+            message, pixels = self._uplink.receive()
         except WireError as error:
-            print(f"worker: a message was thrown away: {error}", file=sys.stderr, flush=True)
+            _say(f"a message was thrown away: {error}")
             return True
         match message:
             case wire.Bye(refused=why) if why:
                 raise SettingsError(f"the link refused this worker: {why}")
             case wire.Bye():
                 return False
-            case wire.Job() if pixels is not None and message.epoch == self._epoch:
-                self._work(message, pixels)
+            case wire.Job() if message.epoch == self._uplink.epoch:
+                self._start(message, pixels)
+            case wire.Offer() if message.epoch == self._uplink.epoch:
+                self._finish_all()
+                self._uplink.take(message)
         return True
 
-    def _work(self, job: wire.Job, pixels: Pixels) -> None:
-        self._seq = seq = job.frame.seq
+    def _start(self, job: wire.Job, pixels: Pixels | None) -> None:
         try:
-            if pixels.shape != self._shape:
-                what = f"compiling for {pixels.shape[0]} x {pixels.shape[1]}"
-                self._send(wire.Busy(epoch=self._epoch, what=what))
-                self._runtime.load(self._package, pixels.shape)
-                self._send(wire.Busy(epoch=self._epoch, what=""))
-                self._shape = pixels.shape
-            made = self._runtime.refocus(pixels, Scaling(job.offset, job.scale))
-            checks.check_plane(pixels, made.pixels)
-        except RejectedError as error:
-            self._send(wire.Fault(epoch=self._epoch, seq=seq, reason=str(error), rejected=True))
+            raw = self._uplink.raw(job, pixels)
+            if raw.shape != self._shape:
+                self._finish_all()
+                self._uplink.seq = job.frame.seq
+                self._prepare(raw.shape)
+            answer = self._runtime.start(raw, Scaling(job.offset, job.scale))
         except Exception as error:  # noqa: BLE001 - any failure is this frame's, the next may work
-            self._send(wire.Fault(epoch=self._epoch, seq=seq, reason=str(error) or repr(error)))
+            self._fail(job, error)
         else:
-            result = wire.Result(
-                epoch=self._epoch,
-                seq=seq,
-                shape=made.pixels.shape,
-                dtype=str(made.pixels.dtype),
-                clipped=made.clipped,
-            )
-            self._send(result, made.pixels)
-        self._seq = None
+            self._in_work.append(_InWork(job, raw, answer))
+        self._note_oldest()
 
-    def _send(self, message: wire.Message, pixels: Pixels | None = None) -> None:
-        self._socket.send_multipart(wire.encode(message, pixels), copy=False)
+    def _prepare(self, shape: tuple[int, int]) -> None:
+        epoch = self._uplink.epoch
+        self._shape = None
+        self._uplink.send(wire.Busy(epoch=epoch, what=f"compiling for {shape[0]} x {shape[1]}"))
+        try:
+            self._runtime.load(self._package, shape)
+        finally:
+            self._uplink.send(wire.Busy(epoch=epoch, what=""))
+        self._shape = shape
 
-    def _beat(self) -> None:
-        heard = time.monotonic()
-        with contextlib.closing(_dealer(self._context, self._address)) as socket:
-            while not self._stopped.is_set():
-                with contextlib.suppress(zmq.Again):
-                    beat = wire.Beat(epoch=self._epoch, seq=self._seq)
-                    socket.send_multipart(wire.encode(beat), zmq.DONTWAIT)
-                if socket.poll(self._beat_ms):
-                    heard = time.monotonic()
-                    parts = socket.recv_multipart()
-                    with contextlib.suppress(WireError):
-                        message, _ = wire.decode(parts)
-                        if isinstance(message, wire.Renew) and message.epoch == self._epoch:
-                            self._renew.set()
-                    self._stopped.wait(self._beat_ms / 1000)
-                elif time.monotonic() - heard > DEAF_BEATS * self._beat_ms / 1000:
-                    os._exit(0)  # the work thread may be deep in a computation: no orderly way out
+    def _finish_all(self) -> None:
+        while self._in_work:
+            self._finish_oldest()
 
+    def _finish_oldest(self) -> None:
+        job, raw, answer = self._in_work.popleft()
+        try:
+            made = answer()
+            checks.check_plane(raw, made.pixels)
+        except Exception as error:  # noqa: BLE001 - any failure is this frame's, the next may work
+            self._fail(job, error)
+        else:
+            self._uplink.answer(job, made)
+        self._note_oldest()
 
-def _dealer(context: "zmq.Context[zmq.Socket[bytes]]", address: str) -> "zmq.Socket[bytes]":
-    socket = context.socket(zmq.DEALER)
-    for option, value in (
-        (zmq.LINGER, 0),
-        (zmq.SNDHWM, 4),
-        (zmq.RCVHWM, 66),
-        (zmq.IMMEDIATE, 1),
-        (zmq.SNDTIMEO, SEND_TIMEOUT_MS),
-        (zmq.MAXMSGSIZE, wire.MAX_PIXEL_BYTES),
-    ):
-        socket.setsockopt(option, value)
-    socket.connect(address)
-    return socket
+    def _note_oldest(self) -> None:
+        self._uplink.seq = self._in_work[0].job.frame.seq if self._in_work else None
+
+    def _fail(self, job: wire.Job, error: Exception) -> None:
+        """Say that a frame failed; raises *error* where the GPU is not to be trusted any more."""
+        rejected = isinstance(error, RejectedError)
+        self._fault(job, str(error) or repr(error), rejected=rejected)
+        if isinstance(error, GpuError) and not isinstance(error, GpuMemoryError):
+            raise error
+
+    def _leave(self, error: GpuError) -> None:
+        """The last words: what is in work is lost with the GPU."""
+        with contextlib.suppress(zmq.Again):
+            while self._in_work:
+                self._fault(self._in_work.popleft().job, str(error))
+            self._uplink.say_goodbye()
+
+    def _fault(self, job: wire.Job, reason: str, *, rejected: bool = False) -> None:
+        seq = job.frame.seq
+        self._uplink.send(wire.Fault(epoch=job.epoch, seq=seq, reason=reason, rejected=rejected))
 
 
 def _step_back() -> None:
@@ -221,6 +229,10 @@ def _leave_with_parent() -> None:
     threading.Thread(target=watch, name="refocus-parent", daemon=True).start()
 
 
+def _say(line: str) -> None:
+    print(f"worker: {line}", file=sys.stderr, flush=True)
+
+
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     def shape(text: str) -> tuple[int, int]:
         y, x = (int(side) for side in text.split("x"))
@@ -231,6 +243,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, type=Path, help="folder of the model package")
     parser.add_argument("--runtime", default="auto", help="auto, openvino or tensorrt")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores but one")
+    parser.add_argument("--device", type=int, default=0, help="which GPU, by its number")
     parser.add_argument("--beat-ms", type=int, default=250, help="heartbeat interval")
     parser.add_argument("--warm", type=shape, help="frame shape YxX to compile before starting")
     parser.add_argument(

@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -76,9 +77,10 @@ class Branch:
         if isinstance(item, Arrival):
             self.intake.settled(item)
         elif isinstance(item, Answer):
+            if (plane := item.plane) is not None:
+                item = replace(item, plane=replace(plane, pixels=plane.pixels.copy()))
+                self.intake.plane_settled(plane)
             self.answers.setdefault(item.seq, []).append(item)
-            if item.plane is not None:
-                self.intake.plane_settled()
 
     def answered(self, *seqs: int) -> Callable[[], bool]:
         return lambda: all(seq in self.answers for seq in seqs)
