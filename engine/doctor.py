@@ -12,19 +12,23 @@ GPU and a bare installation is told what to add.
 import contextlib
 import ctypes
 import importlib.util
-import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import get_args
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, get_args
 
 import msgspec
 
-from engine.runtimes import Engine
+from engine.gpu import Seam, open_gpu
+from engine.gpu.driver import LIBRARY, driver_words
+from engine.runtimes import Engine, choose
 from refocus.errors import EngineError, RefocusError, SettingsError
+
+if TYPE_CHECKING:
+    from engine.plan import ToolkitName
 
 LIMIT_S = 60.0
 """A driver that has to compile its kernels anew takes seconds; one that is broken, for ever."""
@@ -35,8 +39,6 @@ RTX_DRIVER = (13, 0)
 """CUDA level that the packages of TensorRT for RTX 1.7 need: driver 580 or later."""
 INSTALL_RTX = 'pip install "refocus[rtx]"'
 INSTALL_TENSORRT = 'pip install "refocus[tensorrt]"'
-_DRIVER_LIBRARY = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
-_DRIVER_VERSION = Path("/sys/module/nvidia/version")
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # of CUdevice_attribute
 
 
@@ -64,9 +66,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that `refocus doctor` prints."""
 
     findings: dict[str, Finding]
-    """By part; the keys of PARTS."""
+    """By part; the keys of PARTS but "auto"."""
     can_refocus: bool
-    runtime: str
+    auto: Finding
     """What `auto` picks and why, or why it picks nothing."""
     advice: list[str]
     """What to install, or that nothing has to be; a line each."""
@@ -77,9 +79,13 @@ def examine(limit_s: float = LIMIT_S) -> Report:
     children = {part: _start(part) for part in PARTS}
     deadline = time.monotonic() + limit_s
     findings = {part: _finish(child, deadline) for part, child in children.items()}
+    advice = advise(findings)
     auto = findings.pop("auto")
     return Report(
-        findings=findings, can_refocus=auto.found, runtime=auto.text, advice=advise(findings)
+        findings=findings,
+        can_refocus=auto.found or findings["OpenVINO, CPU"].found,
+        auto=auto,
+        advice=advice,
     )
 
 
@@ -94,12 +100,22 @@ def require(engine: Engine, limit_s: float = LIMIT_S) -> None:
 
 
 def advise(findings: dict[str, Finding]) -> list[str]:
-    """What to do about *findings*, in the order in which to do it."""
+    """What to do about *findings* of all PARTS, in the order in which to do it."""
+    if not findings["OpenVINO, CPU"].found:
+        mend = ["to refocus on the CPU: pip install --force-reinstall openvino"]
+    elif not findings["auto"].found:
+        mend = ['until that is mended: --engine openvino, or [engine] runtime = "openvino"']
+    else:
+        mend = []
+    return mend + _advise_gpu(findings) or ["nothing has to be installed"]
+
+
+def _advise_gpu(findings: dict[str, Finding]) -> list[str]:
     gpu = findings["NVIDIA GPU"]
     if not gpu.gpus:
         return [
-            "for a GPU: Refocus runs on the CPU as it is; a computer with an NVIDIA GPU needs its "
-            "driver (https://www.nvidia.com/drivers), then run refocus doctor again"
+            "for a GPU: where this computer has one by NVIDIA, install its driver "
+            "(https://www.nvidia.com/drivers) and run refocus doctor again"
         ]
     rtx = gpu.gpus[0].capability in RTX_CAPABILITIES
     extra = INSTALL_RTX if rtx else INSTALL_TENSORRT
@@ -114,30 +130,28 @@ def advise(findings: dict[str, Finding]) -> list[str]:
         lines.append(f"to use {gpu.gpus[0].name}: {extra}")
     elif not any(findings[part].found for part in ("pycuda", "cuda-bindings")):
         lines.append(f"to reach {gpu.gpus[0].name}: {extra} (it brings cuda-bindings)")
-    return lines or ["nothing has to be installed"]
+    return lines
 
 
 def _gpu() -> Finding:
     try:
-        driver = ctypes.CDLL(_DRIVER_LIBRARY)
+        driver = ctypes.CDLL(LIBRARY)
     except OSError:
-        return Finding(found=False, text=f"none: no NVIDIA driver here ({_DRIVER_LIBRARY})")
+        return Finding(found=False, text=f"none: no NVIDIA driver is installed ({LIBRARY})")
     try:
         _call(driver, "cuInit", 0)
-        version = _number(driver, "cuDriverGetVersion")
+        level = _number(driver, "cuDriverGetVersion")
         gpus = [_gpu_at(driver, index) for index in range(_number(driver, "cuDeviceGetCount"))]
     except EngineError as error:
         return Finding(found=False, text=f"none: the NVIDIA driver answers {error}")
-    cuda = (version // 1000, version % 1000 // 10)
-    level = f"CUDA {cuda[0]}.{cuda[1]}"
-    if _DRIVER_VERSION.is_file():
-        level = f"driver {_DRIVER_VERSION.read_text().strip()}, {level}"
+    cuda = (level // 1000, level % 1000 // 10)
     names = "; ".join(
         f"{gpu.index}: {gpu.name}, compute capability {gpu.capability[0]}.{gpu.capability[1]}, "
         f"{gpu.memory_mib} MiB"
         for gpu in gpus
     )
-    return Finding(found=bool(gpus), text=f"{names or 'none'} ({level})", gpus=gpus, cuda=cuda)
+    text = f"{names or 'none'} ({driver_words(level)})"
+    return Finding(found=bool(gpus), text=text, gpus=gpus, cuda=cuda)
 
 
 def _gpu_at(driver: ctypes.CDLL, index: int) -> GpuFound:
@@ -170,9 +184,13 @@ def _call(driver: ctypes.CDLL, function: str, *arguments: object) -> None:
         raise EngineError(f"{function} with CUDA error {code}")
 
 
-def _seam(name: str) -> Finding:
-    from engine.gpu import open_gpu
-
+def _seam(name: Seam) -> Finding:
+    try:
+        installed = version(name)
+    except PackageNotFoundError:
+        return Finding(found=False, text="not installed")
+    if not _gpu().found:
+        return Finding(found=False, text=f"{installed} is installed; there is no GPU to reach")
     with open_gpu(seam=name) as gpu:
         free_mib, total_mib = (number >> 20 for number in gpu.memory())
         return Finding(
@@ -181,23 +199,27 @@ def _seam(name: str) -> Finding:
         )
 
 
-def _toolkit(name: str) -> Finding:
-    from engine.plan import open_toolkit
+def _toolkit(name: "ToolkitName") -> Finding:
+    for needed in (name, "onnx"):
+        if importlib.util.find_spec(needed) is None:
+            missing = "" if needed == name else f": the package {needed} is missing beside it"
+            return Finding(found=False, text=f"not installed{missing}")
+    from engine import plan
 
-    toolkit = open_toolkit(name)
-    if importlib.util.find_spec("onnx") is None:
-        return Finding(found=False, text=f"{toolkit.name}, but not the package onnx beside it")
+    toolkit = plan.open_toolkit(name)
+    gpus = _gpu().gpus
+    if toolkit.is_rtx and gpus:
+        plan.rtx_capability(toolkit, gpus[0].capability)
     return Finding(found=True, text=f"{toolkit.name} is installed")
 
 
 def _runtime(engine: Engine) -> Finding:
-    from engine.runtimes import open_runtime
-
-    runtime = open_runtime(engine)
+    chosen = choose(engine)
     try:
-        return Finding(found=True, text=runtime.name)
+        why = f": {chosen.why}" if engine == "auto" else ""
+        return Finding(found=True, text=chosen.runtime.name + why)
     finally:
-        runtime.close()
+        chosen.runtime.close()
 
 
 PARTS: dict[str, Callable[[], Finding]] = {

@@ -107,7 +107,13 @@ def gpu(name: str, capability: tuple[int, int], cuda: tuple[int, int] = (13, 0))
 )
 def test_what_to_do(found: Finding, there: list[str], words: list[str]) -> None:
     findings = {part: THERE if part in there else ABSENT for part in doctor.PARTS}
+    findings |= {"auto": THERE, "OpenVINO, CPU": THERE}
     advice = advise({**findings, "NVIDIA GPU": found})
     assert len(advice) == 1
     for word in words:
         assert word in advice[0]
+
+
+def test_what_to_do_about_a_gpu_that_takes_auto_down() -> None:
+    findings = dict.fromkeys(doctor.PARTS, THERE) | {"auto": ABSENT}
+    assert "--engine openvino" in advise({**findings, "NVIDIA GPU": gpu("RTX 4070", (8, 9))})[0]

@@ -32,7 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(msgspec.json.encode(report).decode())
     else:
         lines = [(part, finding.text) for part, finding in report.findings.items()]
-        lines.append(("auto picks" if report.can_refocus else "auto picks nothing", report.runtime))
+        picks = "auto picks" if report.auto.found else "auto picks nothing"
+        lines.append((picks, report.auto.text))
         lines += [("to do", line) for line in report.advice]
         width = max(len(part) for part, _ in lines)
         for part, text in lines:
