@@ -13,12 +13,13 @@ from pathlib import Path
 import psutil
 
 from acquire.crew import Crew, seats
+from acquire.door import Outside
 from acquire.intake import Intake
 from acquire.link import Link
 from engine import package
 from engine.package import Package
 from engine.scaling import Scaling
-from refocus import arena
+from refocus import arena, keys
 from refocus.errors import SettingsError
 from refocus.settings import Settings
 from store.layout import journal_dir
@@ -64,6 +65,7 @@ class EngineSide:
                 settings,
                 scalings,
                 address=_address(settings, closing),
+                outside=_outside(settings),
                 secret=self._secret,
                 on_ready=self._introduced,
                 on_gone=self._kill,
@@ -167,12 +169,20 @@ class EngineSide:
 
 
 def check_address(settings: Settings) -> None:
-    """Raises SettingsError for an address that is not ours to open without keys."""
+    """Raises SettingsError for an address that is not ours to open without keys, or bad keys."""
     wanted = settings.link.address
-    if wanted != "auto" and not wanted.startswith(LOOPBACK):
+    if settings.link.keys:
+        keys.read_recorder(Path(settings.link.keys))
+        if not wanted.startswith("tcp://"):
+            raise SettingsError(
+                f"[link] keys lets workers on other hosts in, but address = {wanted!r} is not for "
+                'them: say address = "tcp://0.0.0.0:5577", or keys = "" where there are none'
+            )
+    elif wanted != "auto" and not wanted.startswith(LOOPBACK):
         raise SettingsError(
-            f"[link] address = {wanted!r}: only loopback (tcp://127.0.0.1:PORT) can be opened "
-            "without keys, and this version of Refocus has none; use auto"
+            f"[link] address = {wanted!r}: without keys only loopback (tcp://127.0.0.1:PORT) can "
+            "be opened; for workers on other hosts make keys (refocus keys --help) and name their "
+            "folder in [link] keys, else use auto"
         )
 
 
@@ -198,8 +208,14 @@ def start_engine(
     return engine
 
 
+def _outside(settings: Settings) -> Outside | None:
+    link = settings.link
+    return Outside(link.address, Path(link.keys)) if link.keys else None
+
+
 def _address(settings: Settings, closing: contextlib.ExitStack) -> str:
-    if settings.link.address != "auto":
+    """For workers on this computer."""
+    if settings.link.address != "auto" and not settings.link.keys:
         return settings.link.address
     _sweep()
     # Mode 0700: only this user gets in.

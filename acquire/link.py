@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
+from acquire.door import Outside
 from acquire.exchange import Exchange
 from acquire.intake import Intake
 from acquire.peers import Limits, Peer, Roster
@@ -48,9 +49,11 @@ class Link:
 
     No frame is handed out before a generator is put to `use`. *scalings*: those that the run has
     already, by channel.
+    *outside*: where workers on other hosts are let in, if any are.
     Called from the link's thread: *on_ready(pid)* for a worker that has introduced itself,
-    *on_gone(pid, reason)* for one that was given up, *on_trouble(line)* if the link itself fails,
-    which ends refocusing for this run. Raises EngineError where *address* cannot be opened.
+    *on_gone(pid, reason)* for one that was given up (pid 0: it is on another host),
+    *on_trouble(line)* if the link itself fails, which ends refocusing for this run. Raises
+    EngineError where *address* cannot be opened; where *outside* cannot, that is told as trouble.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Link:
         scalings: Mapping[str, Scaling],
         *,
         address: str,
+        outside: Outside | None,
         secret: str,
         on_ready: Callable[[int], None],
         on_gone: Callable[[int, str], None],
@@ -83,7 +87,7 @@ class Link:
         self._wishes: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._ready = threading.Event()
-        self._router = Router(address)
+        self._router = Router(address, outside, on_trouble)
         self.address = self._router.address
         """Where the link really listens."""
         self._exchange = Exchange(intake, settings.channels, scalings, self._router.send)
@@ -195,7 +199,10 @@ class Link:
             identity, parts = received[0].bytes, received[1:]
             try:
                 message, pixels = wire.decode(parts)
-                self._handle(identity, message, pixels)
+                if isinstance(message, wire.Hello):
+                    self._introduce(identity, message, self._router.remote(received[0]))
+                else:
+                    self._handle(identity, message, pixels)
             except WireError as error:
                 log.warning("a message was thrown away: %s", error)
                 for peer in list(self._roster.peers.values()):
@@ -203,9 +210,6 @@ class Link:
                         self._give_up(peer, f"malformed message: {error}")
 
     def _handle(self, identity: bytes, message: wire.Message, pixels: Pixels | None) -> None:
-        if isinstance(message, wire.Hello):
-            self._introduce(identity, message)
-            return
         peer = self._roster.peers.get(message.epoch)
         if peer is None:
             self._late(identity, message)
@@ -228,17 +232,17 @@ class Link:
             case _:
                 raise WireError(f"a worker does not send {type(message).__name__}")
 
-    def _introduce(self, identity: bytes, hello: wire.Hello) -> None:
-        refusal = self._roster.refusal(hello)
+    def _introduce(self, identity: bytes, hello: wire.Hello, remote: str) -> None:
+        refusal = self._roster.refusal(hello, remote)
         if refusal:
-            log.warning("a worker (pid %d) was refused: %s", hello.pid, refusal)
+            log.warning("worker %s was refused: %s", remote or f"(pid {hello.pid})", refusal)
             self._router.send(identity, wire.Bye(epoch=hello.epoch, refused=refusal))
             return
-        peer = self._roster.enter(hello, identity, time.monotonic_ns())
-        if hello.shared_memory and self._may_share:
+        peer = self._roster.enter(hello, identity, remote, time.monotonic_ns())
+        if hello.shared_memory and self._may_share and not remote:
             peer.shared = SharedPixels(hello.credit + MAX_PLANES_WAITING)
-        self._note("worker_ready", pid=hello.pid, runtime=hello.runtime, shapes=hello.shapes)
-        self._on_ready(hello.pid)
+        self._note("worker_ready", **peer.who, runtime=hello.runtime, shapes=hello.shapes)
+        self._on_ready(peer.pid)
         self._mark_ready()
 
     def _late(self, identity: bytes, message: wire.Message) -> None:
@@ -257,12 +261,16 @@ class Link:
         for peer in list(self._roster.peers.values()):
             if fault := peer.fault(now_ns, self._limits):
                 self._give_up(peer, fault)
+            elif not self._router.lets_in(peer.remote):
+                refusal = "its key was taken out of the recorder's key set"
+                self._router.send(peer.identity, wire.Bye(epoch=peer.hello.epoch, refused=refusal))
+                self._give_up(peer, refusal)
 
     def _give_up(self, peer: Peer, reason: str) -> None:
-        log.warning("worker (pid %d) given up: %s", peer.hello.pid, reason)
-        self._note("worker_gone", pid=peer.hello.pid, reason=reason)
+        log.warning("worker %s given up: %s", peer.remote or f"(pid {peer.pid})", reason)
+        self._note("worker_gone", **peer.who, reason=reason)
         self._retire(peer, f"its worker was given up: {reason}")
-        self._on_gone(peer.hello.pid, reason)
+        self._on_gone(peer.pid, reason)
 
     def _dismiss(self, peer: Peer, reason: str) -> None:
         self._router.send(peer.identity, wire.Bye(epoch=peer.hello.epoch))

@@ -40,6 +40,8 @@ class Peer:
     seen_ns: int
     progress_ns: int
     """When it last got a frame while idle, answered one, or said what it is doing."""
+    remote: str = ""
+    """Its name, by its key, where it is on another host; empty on this one."""
     beat_identity: bytes | None = None
     busy: str = ""
     at: int | None = None
@@ -53,6 +55,16 @@ class Peer:
         """What it runs, as the run keeps it beside every plane."""
         manifest = self.package.manifest
         return Maker(self.package.hash, manifest.name, manifest.version, self.hello.runtime)
+
+    @property
+    def pid(self) -> int:
+        """Its process on this computer; 0 for one on another host, whatever it says."""
+        return 0 if self.remote else self.hello.pid
+
+    @property
+    def who(self) -> dict[str, str | int]:
+        """It in the journal."""
+        return {"remote": self.remote} if self.remote else {"pid": self.pid}
 
     @property
     def credit(self) -> int:
@@ -136,23 +148,26 @@ class Roster:
         self.let_in(package)
         self.in_use = package
 
-    def refusal(self, hello: wire.Hello) -> str:
-        """Why whoever says *hello* must not get a frame, or nothing."""
+    def refusal(self, hello: wire.Hello, remote: str) -> str:
+        """Why whoever says *hello* must not get a frame, or nothing.
+
+        *remote*: its name, where a key has proved already that it may come in.
+        """
         if hello.protocol != wire.PROTOCOL:
             return f"it speaks protocol {hello.protocol}, this daemon {wire.PROTOCOL}"
-        if not hmac.compare_digest(hello.secret.encode(), self._secret.encode()):
+        if not remote and not hmac.compare_digest(hello.secret.encode(), self._secret.encode()):
             return "it does not know the secret"
         if hello.model not in self._let_in:
-            wanted = self.in_use.hash[:12] if self.in_use else "none now"
+            wanted = _words(self.in_use) if self.in_use else "none now"
             return f"it runs generator {hello.model[:12]}, wanted {wanted}"
         if hello.epoch in self.peers or hello.epoch in self.given_up:
             return "its epoch was used before"
         return ""
 
-    def enter(self, hello: wire.Hello, identity: bytes, now_ns: int) -> Peer:
+    def enter(self, hello: wire.Hello, identity: bytes, remote: str, now_ns: int) -> Peer:
         """A worker that was not refused."""
         package = self._let_in[hello.model]
-        peer = Peer(hello, package, identity, seen_ns=now_ns, progress_ns=now_ns)
+        peer = Peer(hello, package, identity, now_ns, now_ns, remote)
         self.peers[hello.epoch] = peer
         return peer
 
@@ -180,3 +195,7 @@ class Roster:
         """Workers that have to leave and have finished what they had."""
         peers = self.peers.values()
         return [p for p in peers if p.package.hash not in self._let_in and not p.working]
+
+
+def _words(package: Package) -> str:
+    return f"{package.manifest.name} {package.manifest.version} ({package.hash[:12]})"

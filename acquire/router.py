@@ -1,37 +1,53 @@
 """The daemon's socket for workers: one ROUTER, and a bell that wakes whoever waits at it.
 
+Workers on this computer come in at one address; those on other hosts, where any are let in at all,
+through a door of their own (`acquire.door`).
+
 One thread owns the socket; `wake` is for any other. A message that finds nobody, or no room, is
 told to the sender at once instead of being kept or dropped in silence.
 """
 
 import contextlib
 import socket
+from collections.abc import Callable
 
 import zmq
 
+from acquire.door import Door, Outside
 from refocus import wire
-from refocus.errors import EngineError
+from refocus.errors import EngineError, RefocusError
 from refocus.frame import Pixels
 
 
 class Router:
-    """Listens at *address*. Raises EngineError where that cannot be opened."""
+    """Listens at *address*, and *outside* for workers on other hosts.
 
-    def __init__(self, address: str) -> None:
+    Raises EngineError where *address* cannot be opened, SettingsError for unusable keys. Where
+    *outside* cannot be opened *on_trouble* is told so: workers on this computer can do without.
+    """
+
+    def __init__(
+        self, address: str, outside: Outside | None, on_trouble: Callable[[str], None]
+    ) -> None:
         self._context = zmq.Context()
         try:
             self._socket = _open_router(self._context, address)
-        except EngineError:
+            self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+            """Where it really listens (a free port has been chosen by now)."""
+            self._door: Door | None = None
+            if outside is not None:
+                self._door = Door(self._context, self._socket, outside, on_trouble)
+        except RefocusError:
             self._context.destroy(linger=0)
             raise
-        self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        """Where it really listens (a free port has been chosen by now)."""
         self._bell, self._ring = socket.socketpair()
         self._bell.setblocking(False)
         self._ring.setblocking(False)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._bell, zmq.POLLIN)
+        if self._door is not None:
+            self._poller.register(self._door.zap, zmq.POLLIN)
 
     def wake(self) -> None:
         """Any thread. `wait` returns."""
@@ -39,9 +55,12 @@ class Router:
             self._ring.send(b"!")
 
     def wait(self, timeout_ms: int) -> None:
-        """Returns when a message is there, the bell was rung, or the time is over."""
-        if self._bell.fileno() in dict(self._poller.poll(timeout_ms)):
+        """Returns when a message or a worker is there, the bell was rung, or the time is over."""
+        ready = dict(self._poller.poll(timeout_ms))
+        if self._bell.fileno() in ready:
             self._bell.recv(4096)
+        if self._door is not None and self._door.zap in ready:
+            self._door.answer()
 
     def receive(self) -> list[zmq.Frame] | None:
         """The parts of the next message, the sender's identity first; None: there is none."""
@@ -59,8 +78,18 @@ class Router:
             return False
         return True
 
+    def remote(self, part: zmq.Frame) -> str:
+        """Name of the worker on another host that sent *part*; empty: it came from this one."""
+        return self._door.worker(part) if self._door is not None else ""
+
+    def lets_in(self, remote: str) -> bool:
+        """Whether worker *remote* has a right to be here (still); one of this host has."""
+        return not remote or (self._door is not None and self._door.lets_in(remote))
+
     def close(self) -> None:
         """Messages that are not on their way yet are dropped."""
+        if self._door is not None:
+            self._door.close()
         self._socket.close(0)
         self._context.term()
         self._bell.close()

@@ -14,10 +14,11 @@ import uuid
 import zmq
 
 from engine.runtimes import Refocused
-from refocus import wire
+from refocus import keys, wire
 from refocus.arena import Arena
 from refocus.errors import WireError
 from refocus.frame import Pixels
+from refocus.keys import WorkerKey
 
 DEAF_BEATS = 40
 """After so many heartbeats of the link that did not come, the worker leaves."""
@@ -31,20 +32,26 @@ SAME_COMPUTER = ("ipc://", "tcp://127.0.0.1:", "tcp://localhost:", "tcp://[::1]:
 class Uplink:
     """Connects to the link at *address*; `seq` is what the heartbeat calls the frame in work.
 
+    *key*: for a link on another host, which opens to keys only.
     Raises zmq.Again from `introduce` where nobody listens.
     """
 
     def __init__(
-        self, context: "zmq.Context[zmq.Socket[bytes]]", address: str, beat_ms: int
+        self,
+        context: "zmq.Context[zmq.Socket[bytes]]",
+        address: str,
+        beat_ms: int,
+        key: WorkerKey | None,
     ) -> None:
         self._context = context
         self._address = address
+        self._key = key
         self._beat_ms = beat_ms
         self._arena: Arena | None = None
         self._renew = threading.Event()
         self._stopped = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="refocus-beat", daemon=True)
-        self._socket = _dealer(context, address)
+        self._socket = _dealer(context, address, key)
         self.epoch = ""
         """Names the latest introduction."""
         self.seq: int | None = None
@@ -68,7 +75,7 @@ class Uplink:
             model=model,
             runtime=runtime,
             shapes=[shape] if shape else [],
-            shared_memory=self._address.startswith(SAME_COMPUTER),
+            shared_memory=self._key is None and self._address.startswith(SAME_COMPUTER),
             credit=slots + 1,  # the next one is here already when a slot is free
         )
         self.send(hello)
@@ -150,7 +157,7 @@ class Uplink:
 
     def _beat(self) -> None:
         heard = time.monotonic()
-        with contextlib.closing(_dealer(self._context, self._address)) as socket:
+        with contextlib.closing(_dealer(self._context, self._address, self._key)) as socket:
             while not self._stopped.is_set():
                 with contextlib.suppress(zmq.Again):
                     beat = wire.Beat(epoch=self.epoch, seq=self.seq)
@@ -167,8 +174,12 @@ class Uplink:
                     os._exit(0)  # the work thread may be deep in a computation: no orderly way out
 
 
-def _dealer(context: "zmq.Context[zmq.Socket[bytes]]", address: str) -> "zmq.Socket[bytes]":
+def _dealer(
+    context: "zmq.Context[zmq.Socket[bytes]]", address: str, key: WorkerKey | None
+) -> "zmq.Socket[bytes]":
     socket = context.socket(zmq.DEALER)
+    if key is not None:
+        keys.show(socket, key)
     for option, value in (
         (zmq.LINGER, 0),
         (zmq.SNDHWM, 4),

@@ -31,8 +31,8 @@ from engine.gpu import GpuError, GpuMemoryError
 from engine.runtimes import Answer, Runtime, choose
 from engine.scaling import Scaling
 from engine.uplink import Uplink
-from refocus import wire
-from refocus.errors import RefocusError, RejectedError, SettingsError, WireError
+from refocus import keys, wire
+from refocus.errors import RefocusError, RefusedError, RejectedError, WireError
 from refocus.frame import Pixels
 
 
@@ -42,7 +42,7 @@ def main(
 ) -> int:
     """Runs a worker until it is told to stop; *open_runtime* takes the place of `choose`.
 
-    Exit code 0, 1 where the GPU failed, or 2 when it cannot start.
+    Exit code 0, 1 where the GPU failed, 2 when it cannot start, 5 where no link has it now.
     """
     given = _arguments(argv)
     _step_back()
@@ -72,11 +72,12 @@ def _open_runtime(given: argparse.Namespace) -> Runtime:
 
 def _work(given: argparse.Namespace, loaded: package.Package, runtime: Runtime) -> None:
     context = zmq.Context()
-    uplink = Uplink(context, given.address, given.beat_ms)
+    key = keys.read_worker(given.keys) if given.keys else None
+    uplink = Uplink(context, given.address, given.beat_ms, key)
     try:
         _Worker(uplink, given.beat_ms, loaded, runtime).run(given.warm)
     except zmq.Again as error:
-        raise SettingsError(f"nobody listens at {given.address}") from error
+        raise RefusedError(f"nobody listens at {given.address}") from error
     finally:
         uplink.close()
         context.term()
@@ -137,7 +138,10 @@ class _Worker:
             return True
         match message:
             case wire.Bye(refused=why) if why:
-                raise SettingsError(f"the link refused this worker: {why}")
+                manifest = self._package.manifest
+                raise RefusedError(
+                    f"the recorder refused this worker ({manifest.name} {manifest.version}): {why}"
+                )
             case wire.Bye():
                 return False
             case wire.Job() if message.epoch == self._uplink.epoch:
@@ -240,6 +244,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(prog="python -m engine.worker", description=__doc__)
     parser.add_argument("--address", required=True, help="where the link listens")
+    parser.add_argument("--keys", type=Path, help="key file, for a link on another host")
     parser.add_argument("--model", required=True, type=Path, help="folder of the model package")
     parser.add_argument("--runtime", default="auto", help="auto, openvino or tensorrt")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores but one")

@@ -8,6 +8,7 @@ RefocusError
 │   └── LockedError    the run has another writer                    (exit 4)
 ├── PackageError       a model package is missing, altered or unfit (exit 2)
 ├── WireError          a message between link and worker is malformed
+├── RefusedError       a recorder will not have this worker now     (exit 5, of a worker only)
 ├── RejectedError      this plane is not ours to refocus: the reason is its text
 └── EngineError        the runtime failed on a plane, or answered rubbish
 
@@ -56,6 +57,12 @@ class PackageError(RefocusError):
 
 class WireError(RefocusError):
     """A message between link and worker is malformed. The peer is dropped, nothing else."""
+
+
+class RefusedError(RefocusError):
+    """The recorder will not have this worker, or is not there: later it may be otherwise."""
+
+    exit_code = 5
 
 
 class RejectedError(RefocusError):

@@ -159,6 +159,13 @@ def allowed(folder: Path) -> dict[str, str]:
     return found
 
 
+def show(socket: "zmq.Socket[bytes]", key: WorkerKey) -> None:
+    """From its next connect on *socket* proves to be the worker, and talks to its recorder only."""
+    socket.curve_publickey = key.public.encode()
+    socket.curve_secretkey = key.secret.encode()
+    socket.curve_serverkey = key.recorder.encode()
+
+
 def _pair() -> tuple[str, str]:
     public, secret = zmq.curve_keypair()
     return public.decode(), secret.decode()

@@ -1,0 +1,195 @@
+"""Keeps one worker at the service of a recorder on another host: what `refocus worker` runs.
+
+Recorders come and go, one a run; this stays. It knocks first, with the worker's key alone: only
+where a recorder opens is the worker's process started, which loads the generator and the GPU. When
+that leaves, because the run has ended or the recorder is gone, it knocks again.
+
+Why a recorder does not open is said once, until it changes. Nothing here gives up on a recorder:
+one that refuses today (another generator, a right taken away) may not tomorrow. What none can
+mend ends it: a runtime that cannot be had, a model package that is damaged.
+
+The worker's standard input is a pipe from here, as under the recorder's own supervisor: when this
+process dies, however it dies, the worker leaves.
+"""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from engine import package
+from refocus import keys
+from refocus.errors import RefusedError, SettingsError
+from refocus.settings import Settings
+
+KNOCK_S = 3.0
+"""A recorder that is there opens within milliseconds."""
+KNOCK_AGAIN_S = 2.0
+REFUSED_PAUSE_S = 30.0
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 30.0
+LIVED_S = 60.0
+POLL_S = 0.05
+POLL_MS = 50
+STOP_S = 3.0
+"""How long a worker that was asked to stop may take before it is killed."""
+
+_ADDRESS = re.compile(r"tcp://(\[[0-9A-Fa-f:.%a-z]+\]|[0-9A-Za-z_.-]+):[0-9]{1,5}")
+_EVENTS = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """Which recorder is served, and with what."""
+
+    address: str
+    """tcp://HOST:PORT"""
+    key_file: Path
+    settings: Settings
+    device: int
+
+
+def check(service: Service) -> None:
+    """Raises SettingsError, PackageError for what no recorder can mend."""
+    if not _ADDRESS.fullmatch(service.address):
+        raise SettingsError(
+            f"--connect wants tcp://HOST:PORT, the recorder's computer and the port of its [link] "
+            f"address, got {service.address!r}"
+        )
+    if service.settings.engine.runtime == "none":
+        raise SettingsError("a worker with engine none has nothing to do; choose another engine")
+    keys.read_worker(service.key_file)
+    package.find(service.settings.engine.generator)
+
+
+def serve(service: Service, stop: threading.Event, say: Callable[[str], None]) -> None:
+    """Serves until *stop* is set; *say* is told in plain lines what happens.
+
+    Raises SettingsError, PackageError for what no recorder can mend.
+    """
+    check(service)
+    pause_s = FIRST_PAUSE_S
+    told = ""
+    while not stop.is_set():
+        refusal = knock(service.address, keys.read_worker(service.key_file), stop)
+        if refusal:
+            if refusal != told:
+                say(f"{refusal}; trying on")
+            told = refusal
+            stop.wait(KNOCK_AGAIN_S)
+            continue
+        started = time.monotonic()
+        say(f"serving the recorder at {service.address}")
+        code = _one_life(service, stop)
+        if stop.is_set():
+            return
+        told = ""
+        if code == SettingsError.exit_code:
+            raise SettingsError("the worker cannot run here, for the reason above")
+        if code == RefusedError.exit_code:
+            stop.wait(REFUSED_PAUSE_S)
+        elif code == 0:
+            say("the recorder has no more frames, or is gone; waiting for the next one")
+            stop.wait(FIRST_PAUSE_S)
+        else:
+            pause_s = FIRST_PAUSE_S if time.monotonic() - started > LIVED_S else 2 * pause_s
+            say(f"the worker died (exit code {code}); it is started again")
+            stop.wait(min(pause_s, LONGEST_PAUSE_S))
+
+
+def knock(address: str, key: keys.WorkerKey, stop: threading.Event) -> str:
+    """Why the recorder at *address* does not open to *key*, or nothing: it does."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.linger = 0
+    keys.show(socket, key)
+    monitor = socket.get_monitor_socket(_EVENTS)
+    try:
+        socket.connect(address)
+        return _opened(address, key, monitor, stop)
+    finally:
+        socket.disable_monitor()
+        monitor.close(0)
+        socket.close(0)
+        context.term()
+
+
+def _opened(
+    address: str, key: keys.WorkerKey, monitor: "zmq.Socket[bytes]", stop: threading.Event
+) -> str:
+    refusal = (
+        f"nobody answers at {address}: no recorder with keys runs there, or a firewall is shut"
+    )
+    deadline = time.monotonic() + KNOCK_S
+    while time.monotonic() < deadline and not stop.is_set():
+        if not monitor.poll(POLL_MS):
+            continue
+        event = parse_monitor_message(monitor.recv_multipart())["event"]
+        match event:
+            case zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                return ""
+            case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                return (
+                    f"the recorder at {address} does not let worker {key.name} in: its key is "
+                    "not, or no longer, in the recorder's key set (refocus keys list, there)"
+                )
+            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+                return f"what listens at {address} uses no keys: it is no recorder for other hosts"
+            case _:  # it hung up, which may also mean that it is just leaving: look on
+                refusal = (
+                    f"what listens at {address} hung up: it is not the recorder that the key of "
+                    f"worker {key.name} was made for (or that has made new keys since)"
+                )
+    return refusal
+
+
+def _one_life(service: Service, stop: threading.Event) -> int:
+    """Runs one worker to its end; returns its exit code (negative: the signal)."""
+    process = subprocess.Popen(
+        # -P: a folder called engine in the user's working directory must not be run instead.
+        [sys.executable, "-P", "-m", "engine.worker", "--supervised", *_arguments(service)],
+        stdin=subprocess.PIPE,
+        # A Ctrl-C in the terminal is for this process alone; it ends the worker in order.
+        start_new_session=os.name == "posix",
+        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+    )
+    assert process.stdin is not None
+    try:
+        while process.poll() is None and not stop.wait(POLL_S):
+            pass
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+        return process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        return 1
+    finally:
+        process.kill()
+        process.wait(STOP_S)
+
+
+def _arguments(service: Service) -> list[str]:
+    settings = service.settings
+    return [
+        *("--address", service.address),
+        *("--keys", str(service.key_file)),
+        # Looked up for every life: another generator may have been put to use meanwhile.
+        *("--model", str(package.find(settings.engine.generator))),
+        *("--runtime", settings.engine.runtime),
+        *("--threads", str(settings.engine.threads)),
+        *("--device", str(service.device)),
+        *("--beat-ms", str(settings.link.beat_ms)),
+    ]
