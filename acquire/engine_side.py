@@ -16,7 +16,7 @@ from acquire.crew import Crew, seats
 from acquire.door import Outside
 from acquire.intake import Intake
 from acquire.link import Link
-from engine import package
+from engine import model_store, package
 from engine.package import Package
 from engine.scaling import Scaling
 from refocus import arena, keys
@@ -202,7 +202,7 @@ def start_engine(
     """
     if settings.engine.runtime == "none":
         return None
-    loaded = package.load(package.find(settings.engine.generator))
+    loaded = package.load(model_store.find(settings.engine.generator))
     engine = EngineSide(settings, intake, run, expected_shape, on_trouble, scalings or {})
     engine.begin(loaded)
     return engine

@@ -13,7 +13,6 @@ the next call goes on with what is left. Where nothing is left it writes nothing
 """
 
 import contextlib
-import hashlib
 import math
 import threading
 import time
@@ -30,7 +29,7 @@ from acquire.engine_side import EngineSide, check_address, start_engine
 from acquire.intake import Intake
 from acquire.trouble import Trouble
 from acquire.writing import Writing
-from engine import package
+from engine import model_store, package
 from engine.package import Package
 from engine.scaling import Scaling
 from refocus.errors import EngineError, LockedError, PackageError, SettingsError
@@ -38,6 +37,7 @@ from refocus.frame import RefocusOutcome
 from refocus.settings import ChannelSettings, EngineSettings, Settings
 from refocus.words import counted
 from store.guard import DiskGuard
+from store.journal import GeneratorLine
 from store.reader import Run, State, open_run
 from store.records import Kind, Record
 from store.writer import RunWriter
@@ -86,7 +86,7 @@ def fill(
     run = open_run(path)
     if run.state is State.LIVE:
         raise LockedError(f"{path}: this run is being written; fill it when it is closed")
-    chosen = package.load(package.find(generator)) if generator is not None else None
+    chosen = package.load(model_store.find(generator)) if generator is not None else None
     todo = without_twin(run, chosen.hash if chosen else None)
     if not todo:
         trouble = [] if run.notes.seal else [f"{path}: {NEVER_CLOSED}"]
@@ -103,27 +103,32 @@ def fill(
 
 
 def own_package(run: Run) -> Package:
-    """The generator that *run* was begun with; where none has worked yet, the one it was set to.
+    """The generator that *run* had last while it was recorded; where none worked, it was set to.
 
     Raises PackageError where it is not on this computer as it was.
     """
     named = str(_settings_of(run, "engine").get("generator") or EngineSettings().generator)
-    line = min(run.notes.generators.values(), key=lambda found: found.number, default=None)
+    line = _own_generator(run)
     if line is None:
-        return package.load(package.find(named))
-    folders = [found.parent for found in sorted(package.SHIPPED.glob(f"*/{package.MANIFEST}"))]
+        return package.load(model_store.find(named))
+    if folder := model_store.find_by_hash(line.package_hash):
+        return package.load(folder)
     with contextlib.suppress(PackageError):
-        folders.append(package.find(named))
-    for folder in folders:
-        with contextlib.suppress(OSError):
-            manifest = (folder / package.MANIFEST).read_bytes()
-            if hashlib.sha256(manifest).hexdigest() == line.package_hash:
-                return package.load(folder)
+        if (found := package.load(model_store.find(named))).hash == line.package_hash:
+            return found
     raise PackageError(
         f"{run.path} was refocused by {line.name} {line.version} ({line.package_hash[:12]}), which "
-        f"neither ships with this Refocus nor lies at {named!r}; name its folder, or another "
+        f"neither ships, nor is installed here, nor lies at {named!r}; name its folder, or another "
         "generator, with --generator"
     )
+
+
+def _own_generator(run: Run) -> GeneratorLine | None:
+    """That of the latest plane refocused live; a plane that was filled waited for nobody."""
+    live = [r for r in run.records(Kind.REFOCUS) if r.generator and r.latency_ns]
+    if live:
+        return run.notes.generators[max(live, key=lambda record: record.seq).generator]
+    return min(run.notes.generators.values(), key=lambda found: found.number, default=None)
 
 
 def _settings_of(run: Run, section: str) -> dict[str, object]:

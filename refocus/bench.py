@@ -23,7 +23,7 @@ import numpy as np
 
 from acquire.header import UNKNOWN
 from acquire.recorder import Recorder
-from engine import package
+from engine import model_store, package
 from engine.runtimes import open_runtime
 from refocus.errors import EngineError, RunError
 from refocus.frame import Frame, FrameHeader, Pixels
@@ -207,7 +207,7 @@ def bare_rate(
     if hasattr(os, "nice"):
         os.nice(10)  # as the worker
     runtime = open_runtime(runtime_name, threads or None)
-    infer = runtime.bare(package.load(package.find(generator)), shape)
+    infer = runtime.bare(package.load(model_store.find(generator)), shape)
     infer()
     began = time.perf_counter()
     count = 0

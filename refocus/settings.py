@@ -45,7 +45,8 @@ class EngineSettings(_Section, frozen=True, kw_only=True):
     """The worker and its generator."""
 
     runtime: RuntimeChoice = "auto"
-    generator: str = "fluorescence"
+    generator: str = "current"
+    """The one chosen with `refocus models use`, else fluorescence; or a name, or a folder."""
     devices: tuple[int, ...] = (0,)
     """GPUs, one worker each; one worker where the runtime is the CPU's. Empty: none here, only
     workers on other hosts."""

@@ -37,7 +37,7 @@ def test_without_a_usable_engine_raw_recording_goes_on(tmp_path: Path, how: str)
         case "none wanted":
             chosen = settings(folder, "none")
         case "no such runtime":
-            chosen, words = settings(folder, "tensorrt"), "tensorrt"
+            chosen, words = settings(folder, "tensorrt"), "NVIDIA"
     taken = [plane() for _ in range(8)]
     with recorder(tmp_path / "run", chosen) as r:
         if how == "no such runtime":

@@ -21,9 +21,10 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to write")
     parser.add_argument(
         "--generator",
-        default="fluorescence",
+        default="current",
         metavar="NAME",
-        help="one that ships, or the folder of a model package (default: %(default)s)",
+        help="current, one of `refocus models list`, or the folder of a model package "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--pixel-size-um",
@@ -42,7 +43,8 @@ def register(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Refocus every input; 1 where any could not be."""
-    from engine.package import find, load
+    from engine.model_store import find
+    from engine.package import load
     from engine.runtimes import open_runtime
     from refocus.errors import SettingsError
 

@@ -32,8 +32,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--generator",
         metavar="NAME",
-        help="another generator than the run's own, also for planes that its own rejected: one "
-        "that ships, or the folder of a model package",
+        help="another generator than the run's own, also for planes that its own rejected: "
+        "current, one of `refocus models list`, or the folder of a model package",
     )
     options.add_engine(parser)
     options.add_config(parser)

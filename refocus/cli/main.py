@@ -15,7 +15,20 @@ import threading
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from refocus.cli import apply, bench, convert, demo, doctor, fill, options, runs, train
+from refocus.cli import (
+    apply,
+    bench,
+    convert,
+    demo,
+    doctor,
+    fill,
+    keys,
+    models,
+    options,
+    runs,
+    train,
+    worker,
+)
 from refocus.errors import RefocusError, StuckError
 from refocus.settings import user_config_path
 
@@ -35,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="refocus", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"refocus {version('refocus')}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (demo, runs, fill, convert, apply, bench, doctor, train):
+    for group in (demo, runs, fill, convert, apply, bench, models, keys, worker, doctor, train):
         group.register(subparsers)
     arguments = parser.parse_args(argv)
     try:

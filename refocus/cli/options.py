@@ -22,7 +22,8 @@ def add_generator(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--generator",
         metavar="NAME",
-        help="a shipped generator or the folder of a model package (default: settings)",
+        help="current, one of `refocus models list`, or the folder of a model package "
+        "(default: settings)",
     )
 
 

@@ -49,7 +49,9 @@ def register(subparsers: Any) -> None:
         description="Refocus every plane of the fluorescence stacks that DATA/manifest.json lists "
         "and hold it against the plane in focus, beside the best Gaussian blur.",
     )
-    evaluate.add_argument("package", metavar="PACKAGE", help="one that ships, or its folder")
+    evaluate.add_argument(
+        "package", metavar="PACKAGE", help="current, one of `refocus models list`, or its folder"
+    )
     _add_data(evaluate)
     evaluate.add_argument("--every", type=int, default=1, metavar="K", help="only each K-th plane")
     evaluate.add_argument("--json", action="store_true", help="every plane and the means, as JSON")
@@ -94,7 +96,8 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     import msgspec
 
     from calibration.evaluate import evaluate, read_stacks, summarise
-    from engine.package import find, load
+    from engine.model_store import find
+    from engine.package import load
     from engine.runtimes import open_runtime
 
     package = load(find(arguments.package))

@@ -1,0 +1,207 @@
+"""Which generators are on this computer, and which is the current one."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from acquire.fill import fill
+from engine import model_store, package
+from engine.package import Package
+from refocus.cli.main import main
+from refocus.errors import PackageError
+from store.reader import open_run
+from tests import identity_package
+from tests.recording import plane, recorder, shoot
+from tests.recording import settings as recording_settings
+from tests.unfilled import make_run, outcomes, settings, skipped, times
+
+
+@pytest.fixture(autouse=True)
+def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test has a computer on which nothing was chosen yet."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    return model_store.store_folder()
+
+
+def current() -> str:
+    return package.load(model_store.find("current")).manifest.name
+
+
+def test_where_none_was_chosen_the_current_one_ships(own_store: Path) -> None:
+    assert model_store.find("current") == package.SHIPPED / "fluorescence"
+    assert current() == "fluorescence"
+    assert not own_store.exists(), "looking changes nothing"
+
+
+def test_a_folder_is_installed_and_what_happens_to_it_later_harms_nobody(
+    negated: Package, own_store: Path
+) -> None:
+    used = model_store.use(negated.folder)
+    shutil.rmtree(negated.folder)
+    found = package.load(model_store.find("current"))
+    assert found.hash == used.hash == negated.hash
+    assert found.folder == own_store / f"negated-0-{negated.hash[:12]}"
+    assert model_store.find("negated") == model_store.find(found.folder.name) == found.folder
+    assert model_store.find_by_hash(negated.hash) == found.folder
+    assert sorted(path.name for path in own_store.iterdir()) == ["current.json", found.folder.name]
+
+
+def test_rollback_goes_back_step_by_step(negated: Package, tmp_path: Path) -> None:
+    identity = identity_package.make(tmp_path / "identity")
+    for one in (negated.folder, identity.folder, identity.folder, "fluorescence", "negated"):
+        model_store.use(one)
+    seen = [current()]
+    for _ in range(4):
+        model_store.rollback()
+        seen.append(current())
+    assert seen == ["negated", "fluorescence", "identity", "negated", "fluorescence"]
+    with pytest.raises(PackageError, match="nothing to go back to"):
+        model_store.rollback()
+
+
+def test_every_change_can_be_seen_without_reading(negated: Package) -> None:
+    stamps = [model_store.stamp()]
+    changes: list[Callable[[], Package]] = [
+        lambda: model_store.use(negated.folder),
+        lambda: model_store.use("fluorescence"),
+        model_store.rollback,
+    ]
+    for change in changes:
+        change()
+        stamps.append(model_store.stamp())
+    assert len(set(stamps)) == 4
+    model_store.use("negated")  # it is the current one already
+    assert model_store.stamp() == stamps[-1]
+
+
+def test_a_package_that_is_not_sound_is_not_chosen(negated: Package, own_store: Path) -> None:
+    with (negated.folder / "generator.onnx").open("ab") as file:
+        file.write(b"!")
+    with pytest.raises(PackageError, match="altered"):
+        model_store.use(negated.folder)
+    with pytest.raises(PackageError, match="fluorescence"):
+        model_store.use("no such")
+    assert not own_store.exists()
+
+
+def test_a_damaged_copy_is_made_again(negated: Package) -> None:
+    installed = model_store.use(negated.folder).folder
+    (installed / "weights.safetensors").write_bytes(b"damaged")
+    with pytest.raises(PackageError, match="altered"):
+        model_store.use("negated")
+    assert model_store.use(negated.folder).folder == installed
+    assert package.load(installed).hash == negated.hash
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"format": 2}', b'{"chosen": ["gone-0-123"]}', b'{"x": 1}']
+)
+def test_a_damaged_pointer_is_a_plain_error_and_can_be_set_again(
+    negated: Package, own_store: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model_store.use(negated.folder)
+    (own_store / "current.json").write_bytes(content)
+    with pytest.raises(PackageError, match="refocus models use"):
+        model_store.find("current")
+    assert main(["models", "list"]) == 1
+    assert "refocus models use" in capsys.readouterr().out
+    assert main(["models", "use", "negated"]) == 0
+    assert current() == "negated"
+
+
+def test_two_installed_ones_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    narrow = identity_package.make(tmp_path / "a", name="mine", pixel_um=(0.1, 0.2))
+    wide = identity_package.make(tmp_path / "b", name="mine")
+    installed = [model_store.use(one.folder) for one in (narrow, wide)]
+    with pytest.raises(PackageError, match=installed[0].folder.name):
+        model_store.find("mine")
+    assert package.load(model_store.find(installed[0].folder.name)).hash == narrow.hash
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_a_use_that_is_killed_leaves_the_one_before(negated: Package, tmp_path: Path) -> None:
+    """Killed before every step that changes something, one after the other."""
+    model_store.use(negated.folder)
+    other = identity_package.make(tmp_path / "identity")
+    script = (
+        "import os, signal, sys\n"
+        "left = int(sys.argv[2])\n"
+        "def count(event, args):\n"
+        "    global left\n"
+        "    writes = event == 'open' and isinstance(args[2], int) and args[2] & os.O_CREAT\n"
+        "    if writes or event in ('os.rename', 'os.mkdir', 'os.chmod'):\n"
+        "        left -= 1\n"
+        "        if left < 0:\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from engine import model_store\n"
+        "sys.addaudithook(count)\n"
+        "model_store.use(sys.argv[1])\n"
+    )
+    codes = []
+    for step in range(100):
+        command = [sys.executable, "-c", script, str(other.folder), str(step)]
+        codes.append(subprocess.run(command, check=False).returncode)
+        if codes[-1] == 0:
+            break
+        assert codes[-1] == -9
+        assert current() == "negated"
+    assert len(codes) > 6, "it was killed at every file, and where it was moved"
+    assert current() == "identity"
+    assert {one.name.split("-")[0] for one in model_store.listed()[0]} == {
+        "fluorescence",
+        "negated",
+        "identity",
+    }
+
+
+def test_the_command_lists_uses_and_goes_back(
+    negated: Package, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["models", "use", str(negated.folder)]) == 0
+    assert f"current: negated 0 ({negated.hash[:12]})" in capsys.readouterr().out
+    assert main(["models", "list"]) == 0
+    starred = [line for line in capsys.readouterr().out.splitlines() if line.startswith("*")]
+    assert len(starred) == 1
+    assert "negated" in starred[0]
+    assert main(["models", "list", "--json"]) == 0
+    told = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
+    mine = told[f"negated-0-{negated.hash[:12]}"]
+    assert (mine["current"], mine["shipped"], mine["hash"]) == (True, False, negated.hash)
+    assert (mine["modality"], mine["pixel_um"]) == ("fluorescence", [0.05, 2.0])
+    shipped = told["fluorescence"]
+    assert (shipped["current"], shipped["shipped"], shipped["problem"]) == (False, True, "")
+    measured = package.load(package.SHIPPED / "fluorescence").manifest.metrics["through-focus"]
+    assert shipped["gain_db"] == {"through-focus": measured["all"]["gain_db"]}
+    assert main(["models", "rollback"]) == 0
+    assert "current: fluorescence" in capsys.readouterr().out
+    assert main(["models", "rollback"]) == 2
+    assert main(["models", "use", "no such"]) == 2
+
+
+def test_a_run_records_with_the_current_one_by_default(negated: Package, tmp_path: Path) -> None:
+    model_store.use(negated.folder)
+    with recorder(tmp_path / "run", recording_settings("current")) as r:
+        assert r.wait_for_engine(30)
+        shoot(r, plane())
+    run = open_run(tmp_path / "run")
+    (line,) = run.notes.generators.values()
+    assert (line.name, line.package_hash) == ("negated", negated.hash)
+
+
+def test_fill_finds_a_runs_own_generator_among_the_installed(
+    negated: Package, tmp_path: Path
+) -> None:
+    make_run(tmp_path / "run", negated, times(3), outcome=lambda seq: skipped(seq) if seq else None)
+    model_store.use(negated.folder)
+    model_store.use("fluorescence")
+    shutil.rmtree(negated.folder)
+    assert fill(tmp_path / "run", settings()).filled > 0
+    run = open_run(tmp_path / "run")
+    assert outcomes(run) == {"REFOCUSED": 3}
+    assert {line.package_hash for line in run.notes.generators.values()} == {negated.hash}
