@@ -118,9 +118,8 @@ class Uplink:
             self._slot(job.place, shape, dtype)[:] = made.pixels
             self.send(result)
             return
-        # ZeroMQ reads when it likes, and a runtime may answer a view of its own buffer.
-        own = made.pixels if made.pixels.flags.owndata else made.pixels.copy()
-        self._socket.send_multipart(wire.encode(result, own), copy=False)
+        # A copy: ZeroMQ reads when it likes, and the runtime may use its buffer again.
+        self._socket.send_multipart(wire.encode(result, made.pixels))
 
     def take(self, offer: wire.Offer) -> None:
         """Open the memory that the link offers; no plane may be in work."""

@@ -21,11 +21,11 @@ SHAPE = (64, 96)
 RNG = np.random.default_rng(1)
 
 
-def settings(package: Package, **engine: int) -> Settings:
+def settings(package: Package, *, shared_memory: bool = True, **engine: int) -> Settings:
     return Settings(
         channels={"trans": ChannelSettings(modality="phase")},
         engine=EngineSettings(runtime="openvino", generator=str(package.folder), **engine),
-        link=LinkSettings(beat_ms=100),
+        link=LinkSettings(beat_ms=100, shared_memory=shared_memory),
     )
 
 
