@@ -19,8 +19,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import torch
-from safetensors.torch import save
 
 from calibration.dataset import training_files
 from calibration.evaluate import FLUORESCENCE, evaluate, read_stacks, summarise
@@ -30,21 +28,11 @@ from calibration.simulate import Camera, beads, expose, mixed, nuclei
 from calibration.train import CHECKPOINT, OPTIONS, Progress, Settings, read_settings
 from calibration.weights import load_average
 from engine.generators.light import Light
-from engine.package import (
-    GOLDEN,
-    ONNX,
-    WEIGHTS,
-    Golden,
-    Manifest,
-    Package,
-    Training,
-    encode_golden,
-    write,
-)
+from engine.package import Manifest, Package, Training, write
+from engine.packing import pack
 from engine.runtimes import open_runtime
-from engine.scaling import derive, to_counts, to_network
-from engine.to_onnx import export
 from refocus.errors import PackageError
+from refocus.frame import Pixels
 
 
 def publish(
@@ -70,7 +58,6 @@ def publish(
         )
     network = Light()
     network.load_state_dict(weights)
-    network.eval()
     covered = training_range(settings.objectives, settings.seed)
     manifest = Manifest(
         name=name,
@@ -86,11 +73,7 @@ def publish(
         training=_training(settings, state, data, note),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    files = {
-        WEIGHTS: save({key: tensor.contiguous() for key, tensor in weights.items()}),
-        ONNX: export(network),
-        GOLDEN: encode_golden(_golden(network)),
-    }
+    files = pack(network, _golden_planes())
     with tempfile.TemporaryDirectory() as folder:
         trial = write(Path(folder) / name, manifest, files)
         metrics = _measure(trial, data)
@@ -105,7 +88,7 @@ def _training(settings: Settings, state: dict[str, Any], data: Path, note: str |
         "minutes": round(state["minutes"], 1),
         "settings": msgspec.structs.asdict(settings),
         "machine": platform.machine(),
-        "torch": str(torch.__version__),
+        "torch": installed_version("torch"),
         "refocus": installed_version("refocus"),
     }
     if settings.minutes is not None:
@@ -157,13 +140,13 @@ def _measure(package: Package, data: Path) -> dict[str, Any]:
     }
 
 
-def _golden(network: Light) -> list[Golden]:
-    """Simulated planes, out of focus and in it, 8 and 16 bits, with PyTorch's float32 answers."""
+def _golden_planes() -> list[Pixels]:
+    """Simulated planes, out of focus and in it, 8 and 16 bits."""
     rng = np.random.default_rng(0)
     optics = Optics(na=0.75, immersion_index=1.0, wavelength_um=0.52, pixel_um=0.325)
     # (specimen, defocus in depths of field, peak electrons, bits)
     wanted = ((nuclei, 3.0, 2000, 16), (mixed, 1.5, 300, 8), (beads, 0.0, 500_000, 16))
-    planes = []
+    planes: list[Pixels] = []
     for draw, dof, peak_e, bits in wanted:
         density = draw(rng, (128, 160))
         seen = blur(density, psf(optics, dof * depth_of_field_um(optics)))
@@ -172,11 +155,5 @@ def _golden(network: Light) -> list[Golden]:
             gain_e_per_count=gain, offset_counts=10 if bits == 8 else 100, bit_depth=bits
         )
         counts = expose(rng, np.clip(seen / seen.max(), 0, None) * np.float32(peak_e), camera)
-        pixels = counts.astype(np.uint8 if bits == 8 else np.uint16)
-        scaling = derive([pixels])
-        assert scaling is not None  # none of these planes is flat
-        with torch.inference_mode():
-            plane = torch.from_numpy(to_network(pixels, scaling))[None, None]
-            answer, _ = to_counts(network(plane)[0, 0].numpy(), scaling, pixels.dtype)
-        planes.append(Golden(pixels=pixels, scaling=scaling, answer=answer))
+        planes.append(counts.astype(np.uint8 if bits == 8 else np.uint16))
     return planes

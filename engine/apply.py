@@ -1,7 +1,8 @@
 """Refocusing TIFF files: the same name, shape, dtype and metadata out, whatever the size.
 
 Small planes are refocused whole. Larger ones are read, refocused and written in bands of rows, each
-cut into tiles with exact halo (engine/tiles.py): 30,000² RGB stays under 1 GiB.
+cut into tiles with exact halo (engine/tiles.py): 30,000² RGB stays under 1 GiB. A generator that
+looks at the whole plane has no such halo: with it, larger planes are rejected.
 
 One scaling per channel holds for the whole file, derived from samples all over it before the first
 plane is refocused: a stack does not flicker, tiles do not show.
@@ -182,6 +183,13 @@ def _check_fit(
     for layer in found:
         if reason := unfit_pixels(package.manifest, str(layer.dtype), size_um):
             raise RejectedError(reason)
+        if package.manifest.halo_px is None and layer.height * layer.width > WHOLE_PX:
+            raise RejectedError(
+                f"a plane of {layer.width} x {layer.height} px is too large to be refocused whole "
+                f"(limit {WHOLE_PX / 1e6:.0f} megapixels), and generator "
+                f"{package.manifest.name!r} cannot work in tiles, because its answer depends on "
+                "the whole plane: choose another generator, or cut the picture"
+            )
     if size_um is None:
         lowest, highest = package.manifest.pixel_um
         notes.append(
@@ -227,11 +235,12 @@ def _bands(layer: Layer, job: _Job) -> Iterator[Pixels]:
 
     Separate samples come one after the other. But for the last, bands end where tiles do.
     """
-    manifest = job.package.manifest
-    core_y, core_x = _core(layer, manifest.stride, manifest.halo_px)
-    columns = spans(layer.width, core_x, manifest.halo_px, manifest.stride)
+    stride = job.package.manifest.stride
+    halo = job.package.manifest.halo_px or 0  # None: this layer is whole, _check_fit saw to it
+    core_y, core_x = _core(layer, stride, halo)
+    columns = spans(layer.width, core_x, halo, stride)
     for sample in range(layer.separate):
-        for rows in spans(layer.height, core_y, manifest.halo_px, manifest.stride):
+        for rows in spans(layer.height, core_y, halo, stride):
             yield _band(layer, sample, rows, columns, job)
 
 

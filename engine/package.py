@@ -88,8 +88,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """What the network is constructed with."""
     stride: int
     """Height and width of the network's input are multiples of it, in pixels."""
-    halo_px: int
-    """Radius of the receptive field, rounded up to the stride: tiles with this halo are exact."""
+    halo_px: int | None
+    """Radius of the receptive field, rounded up to the stride: tiles with this halo are exact.
+
+    None: the generator looks at the whole plane, which cannot be cut into tiles.
+    """
     scale: Literal[1] = 1
     """Pixels out per pixel in, along one side."""
     modality: Literal["fluorescence", "brightfield", "phase"]
@@ -115,9 +118,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 raise ValueError(f"{key} must match {_NAME.pattern}, got {text!r}")
         if self.stride < 1:
             raise ValueError(f"stride must be at least 1, got {self.stride}")
-        if self.halo_px < 0 or self.halo_px % self.stride:
+        if self.halo_px is not None and (self.halo_px < 0 or self.halo_px % self.stride):
             raise ValueError(
-                f"halo_px must be a multiple of the stride {self.stride}, got {self.halo_px}"
+                f"halo_px must be null or a multiple of the stride {self.stride}, "
+                f"got {self.halo_px}"
             )
         for key in ("pixel_um", "defocus_um", "defocus_dof"):
             lowest, highest = getattr(self, key)

@@ -1,8 +1,8 @@
 """How a plane too large for memory is cut so that nobody can see where.
 
 A generator sees `halo_px` around a pixel and nothing beyond, and its strided layers count from the
-plane's first pixel. So a tile's answer equals the whole plane's, up to the order of summation, if
-the tile
+plane's first pixel. (One whose halo_px is None sees the whole plane: it cannot be cut.) So a tile's
+answer equals the whole plane's, up to the order of summation, if the tile
 
 - is read with at least `halo_px` around it, wherever the plane goes on,
 - starts on the stride grid,
@@ -13,6 +13,10 @@ the halo is wider, not missing.
 """
 
 from dataclasses import dataclass
+
+SMALLEST_PX = 64
+"""Side of the smallest plane that a network gets: what is smaller is padded to it. A plan is made
+for a range of sizes, and a network that pads inside needs something to pad from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,3 +44,12 @@ def spans(length: int, core: int, halo: int, stride: int) -> list[Span]:
         read_stop = min(read_start + window, length)
         cut.append(Span(start, min(start + core, length), read_start, read_stop))
     return cut
+
+
+def padded_shape(shape: tuple[int, int], stride: int) -> tuple[int, int]:
+    """What a network of *stride* gets for a plane of *shape*, (y, x) px: padded by reflection.
+
+    The same in every runtime, or they would differ at the border.
+    """
+    height, width = (-(-max(side, SMALLEST_PX) // stride) * stride for side in shape)
+    return height, width

@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.generators.base import Generator, round_up
+
 FOLD = 2
 SLOPE = 0.1
 IGNORED = 0.01
@@ -47,8 +49,8 @@ class Block(nn.Module):
         return x + y
 
 
-class Light(nn.Module):
-    """(n, 1, y, x) to the same shape; y and x multiples of `stride`."""
+class Light(Generator):
+    """*widths*: channels of each level; *bottom_blocks*: residual blocks on the last."""
 
     def __init__(self, widths: Sequence[int] = (16, 40, 80, 120), bottom_blocks: int = 2) -> None:
         super().__init__()
@@ -84,15 +86,14 @@ class Light(nn.Module):
         return x + correction - torch.clamp(correction, -ignored, ignored).detach()
 
     def reach_px(self) -> int:
-        """How far a pixel of the answer looks, rounded up to `stride`: the halo of an exact tile.
+        """Walks the 3 × 3 convolutions: each looks one sample of its level further.
 
-        Walks the 3 × 3 convolutions: each looks one sample of its level further, a level's sample
-        being twice the side of the one above. Folding, the 2 × 2 steps down and the way up add the
-        side of one bottom sample at most.
+        A level's sample is twice the side of the one above. Folding, the 2 × 2 steps down and the
+        way up add the side of one bottom sample at most.
         """
         sides_px = [FOLD << level for level in range(len(self.encode))]
         both_blocks = sum(2 * 2 * side for side in sides_px)
         head_and_tail = 2 * FOLD
         bottom = 2 * self.bottom_blocks * self.stride
         reach = head_and_tail + both_blocks + bottom + self.stride
-        return -(-reach // self.stride) * self.stride
+        return round_up(reach, self.stride)
