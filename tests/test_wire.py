@@ -56,6 +56,9 @@ def test_a_frame_survives_the_wire_unchanged(header: FrameHeader) -> None:
         wire.Beat(epoch="e", seq=None),
         wire.Busy(epoch="e", what="compiling"),
         wire.Fault(epoch="e", seq=3, reason="no", rejected=True),
+        wire.Offer(epoch="e", name="refocus-arena-1", slots=11, slot_bytes=4096),
+        wire.Taken(epoch="e", name="refocus-arena-1", trouble="no such file"),
+        wire.Result(epoch="e", seq=3, shape=(2, 3), dtype="uint8", clipped=1, place=7),
         wire.Renew(epoch="e"),
         wire.Bye(epoch="e"),
     ],
@@ -63,6 +66,25 @@ def test_a_frame_survives_the_wire_unchanged(header: FrameHeader) -> None:
 )
 def test_every_message_without_pixels_survives(message: wire.Message) -> None:
     assert wire.decode(wire.encode(message)) == (message, None)
+
+
+@given(headers(), st.integers(0, 63))
+def test_a_frame_with_a_place_has_no_third_part(header: FrameHeader, place: int) -> None:
+    message = msgspec.structs.replace(job(header)[0], place=place)
+    parts = wire.encode(message)
+    assert wire.decode(parts) == (message, None)
+    with pytest.raises(WireError):
+        wire.decode([*parts, job(header)[1].tobytes()])
+
+
+def test_a_hello_of_another_protocol_can_be_refused() -> None:
+    for protocol in (1, wire.PROTOCOL + 1):
+        fields = {"epoch": "e", "protocol": protocol, "pid": 7, "model": [1], "surprise": None}
+        hello, _ = wire.decode([b"HELLO", msgspec.json.encode(fields)])
+        assert isinstance(hello, wire.Hello)
+        assert (hello.epoch, hello.protocol, hello.pid) == ("e", protocol, 7)
+        assert hello.secret == ""
+        assert not hello.shared_memory
 
 
 @given(st.lists(st.binary(max_size=64), max_size=4))
@@ -138,7 +160,14 @@ HEADER = FrameHeader(run="r", seq=1, axes={"time": 0}, shape=(2, 3), dtype="uint
         [b"BEAT", b'{"epoch":"e"}', b"pixels"],
         [b"BEAT", b'{"epoch":"e","surprise":1}'],
         [b"HELLO", b'{"epoch":"e","secret":"","pid":1,"model":"","runtime":"","credit":0}'],
+        [b"HELLO", b'{"epoch":"e","protocol":2,"pid":1,"surprise":1}'],
+        [b"HELLO", b'{"epoch":"e","pid":1}'],
         [b"RESULT", b'{"epoch":"e","seq":1,"shape":[0,0],"dtype":"uint8"}', b""],
+        [b"RESULT", b'{"epoch":"e","seq":1,"shape":[0,0],"dtype":"uint8","clipped":0,"place":1}'],
+        [b"RESULT", b'{"epoch":"e","seq":1,"shape":[2,2],"dtype":"float32","clipped":0,"place":1}'],
+        [b"RESULT", b'{"epoch":"e","seq":1,"shape":[2,2],"dtype":"uint8","clipped":0,"place":1.5}'],
+        [b"OFFER", b'{"epoch":"e","name":"x","slots":1}'],
+        [b"TAKEN", b'{"epoch":"e","name":"x"}', b"pixels"],
         [b"NONSENSE", b"{}"],
         [],
     ],
