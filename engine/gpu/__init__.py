@@ -23,10 +23,27 @@ would silently wait for the GPU, and one out of bounds would corrupt what others
 from collections.abc import Sequence
 from typing import Final, Literal
 
-from engine.gpu.driver import Device, Driver, GpuError, GpuMemoryError, Memory, NoGpuError
+from engine.gpu.driver import (
+    LIBRARY,
+    Device,
+    Driver,
+    GpuError,
+    GpuMemoryError,
+    Memory,
+    NoGpuError,
+)
 from engine.gpu.gpu import Gpu
 
-__all__ = ["Device", "Gpu", "GpuError", "GpuMemoryError", "Memory", "NoGpuError", "open_gpu"]
+__all__ = [
+    "LIBRARY",
+    "Device",
+    "Gpu",
+    "GpuError",
+    "GpuMemoryError",
+    "Memory",
+    "NoGpuError",
+    "open_gpu",
+]
 
 Seam = Literal["pycuda", "cuda-bindings"]
 

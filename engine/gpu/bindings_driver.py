@@ -169,16 +169,13 @@ class Bindings:
         _call(cuda.cuStreamBeginCapture, stream, mode)
 
     def end_capture(self, stream: int) -> int:
-        graph = _call(cuda.cuStreamEndCapture, stream)
-        try:
-            return int(_call(cuda.cuGraphInstantiate, graph, 0))
-        finally:
-            _call(cuda.cuGraphDestroy, graph)
+        return int(_call(cuda.cuStreamEndCapture, stream))
 
-    def abandon_capture(self, stream: int) -> None:
-        result, graph = cuda.cuStreamEndCapture(stream)
-        if result == OK:
-            _call(cuda.cuGraphDestroy, graph)
+    def drop_captured(self, captured: int) -> None:
+        _call(cuda.cuGraphDestroy, captured)
+
+    def instantiate(self, captured: int) -> int:
+        return int(_call(cuda.cuGraphInstantiate, captured, 0))
 
     def replay(self, graph: int, stream: int) -> None:
         _call(cuda.cuGraphLaunch, graph, stream)

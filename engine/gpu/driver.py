@@ -111,10 +111,11 @@ class Driver(Protocol):
 
     def begin_capture(self, stream: int) -> None: ...
     def end_capture(self, stream: int) -> int:
-        """The graph, ready to be replayed."""
+        """What was captured. Ends the capture of the stream whatever happens."""
 
-    def abandon_capture(self, stream: int) -> None:
-        """End a capture whose graph nobody wants; a capture that is broken already is ended."""
+    def drop_captured(self, captured: int) -> None: ...
+    def instantiate(self, captured: int) -> int:
+        """A graph to replay; what was captured can go."""
 
     def replay(self, graph: int, stream: int) -> None: ...
     def drop_graph(self, graph: int) -> None: ...

@@ -180,9 +180,13 @@ class Gpu:
             except BaseException:
                 # A stream left in capture would refuse all work; the cause is what must be seen.
                 with contextlib.suppress(GpuError):
-                    driver.abandon_capture(stream)
+                    driver.drop_captured(driver.end_capture(stream))
                 raise
-            return self._own("graphs", driver.end_capture(stream))
+            captured = driver.end_capture(stream)
+            try:
+                return self._own("graphs", driver.instantiate(captured))
+            finally:
+                driver.drop_captured(captured)
 
     def replay(self, graph: int, stream: int) -> None:
         """Enqueue a captured graph."""

@@ -12,6 +12,7 @@ released. We hold the context once more ourselves, take it off the stack, and re
 import contextlib
 import ctypes
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -41,10 +42,11 @@ THREAD_LOCAL = 1
 def _translated() -> Iterator[None]:
     try:
         yield
-    except cuda.MemoryError as error:
-        raise GpuMemoryError(f"NVIDIA's driver: {error}") from error
     except cuda.Error as error:
-        raise GpuError(f"NVIDIA's driver: {error}") from error
+        # The frames of a traceback would hold streams and modules alive until after `leave`.
+        traceback.clear_frames(error.__traceback__)
+        kind = GpuMemoryError if isinstance(error, cuda.MemoryError) else GpuError
+        raise kind(f"NVIDIA's driver: {error}") from error
 
 
 class Pycuda:
@@ -96,7 +98,8 @@ class Pycuda:
             try:
                 context.push()
             except cuda.Error:
-                self._detach(context)
+                with contextlib.suppress(GpuError):
+                    self._detach(context)
                 raise
         except cuda.Error:
             self._call("cuDevicePrimaryCtxRelease_v2", device)
@@ -107,12 +110,10 @@ class Pycuda:
     def leave(self) -> None:
         self._kernels.clear()
         self._held.clear()
-        try:
+        with contextlib.ExitStack() as rest:  # the last first, each whatever the others did
+            rest.callback(self._call, "cuDevicePrimaryCtxRelease_v2", self._device)
+            rest.callback(self._detach, self._context)
             self._context.pop()
-            self._detach(self._context)
-        finally:
-            self._context = None
-            self._call("cuDevicePrimaryCtxRelease_v2", self._device)
 
     @_translated()
     def memory(self) -> Memory:
@@ -215,20 +216,19 @@ class Pycuda:
         self._call("cuStreamBeginCapture_v2", ctypes.c_void_p(stream), THREAD_LOCAL)
 
     def end_capture(self, stream: int) -> int:
-        graph, ready = ctypes.c_void_p(), ctypes.c_void_p()
-        self._call("cuStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
-        try:
-            flags = ctypes.c_ulonglong(0)
-            self._call("cuGraphInstantiateWithFlags", ctypes.byref(ready), graph, flags)
-        finally:
-            self._call("cuGraphDestroy", graph)
-        return ready.value or 0
+        captured = ctypes.c_void_p()
+        self._call("cuStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(captured))
+        return captured.value or 0
 
-    def abandon_capture(self, stream: int) -> None:
-        graph = ctypes.c_void_p()
-        self._library.cuStreamEndCapture(ctypes.c_void_p(stream), ctypes.byref(graph))
-        if graph:
-            self._call("cuGraphDestroy", graph)
+    def drop_captured(self, captured: int) -> None:
+        self._call("cuGraphDestroy", ctypes.c_void_p(captured))
+
+    def instantiate(self, captured: int) -> int:
+        graph, flags = ctypes.c_void_p(), ctypes.c_ulonglong(0)
+        self._call(
+            "cuGraphInstantiateWithFlags", ctypes.byref(graph), ctypes.c_void_p(captured), flags
+        )
+        return graph.value or 0
 
     def replay(self, graph: int, stream: int) -> None:
         self._call("cuGraphLaunch", ctypes.c_void_p(graph), ctypes.c_void_p(stream))
