@@ -16,11 +16,12 @@ from acquire.crew import Crew, seats
 from acquire.door import Outside
 from acquire.intake import Intake
 from acquire.link import Link
+from acquire.succession import Succession
 from engine import model_store, package
 from engine.package import Package
 from engine.scaling import Scaling
 from refocus import arena, keys
-from refocus.errors import SettingsError
+from refocus.errors import PackageError, SettingsError
 from refocus.settings import Settings
 from store.layout import journal_dir
 
@@ -55,6 +56,9 @@ class EngineSide:
         self._on_trouble = on_trouble
         self._secret = secrets.token_hex(16)
         self._crews: list[Crew] = []
+        self._succession: Succession | None = None
+        self._lock = threading.Lock()
+        """Held to change `crew`, and to say that there is no engine because of it."""
         self.crew: Crew | None = None
         """That whose generator is in use; None while there is none that can be used."""
         self.changed = threading.Event()
@@ -97,9 +101,11 @@ class EngineSide:
 
     def use(self, crew: Crew) -> None:
         """From the next frame on this crew works; the one before finishes what it has."""
-        if self.crew is not None:
-            self.crew.retire()
-        self.crew = crew
+        with self._lock:
+            if self.crew is not None:
+                self.crew.retire()
+            self.crew = crew
+            self._intake.no_engine = ""
         self.link.use(crew.package)
         for device, reason in crew.given_up.items():
             self._on_trouble(f"no worker on device {device}: {reason}")
@@ -116,8 +122,15 @@ class EngineSide:
         crew.close()
         self._crews.remove(crew)
 
+    def follow(self, seen: tuple[int, ...]) -> None:
+        """From now on the generator that is chosen takes over; *seen*: the store's stamp by now."""
+        patience_s = self._settings.engine.warmup_timeout_ms / 1000
+        self._succession = Succession(self, seen, patience_s, self._on_trouble)
+
     def close(self) -> None:
         """Stops link and workers; every frame they still had is answered for."""
+        if self._succession is not None:
+            self._succession.close()
         self.link.close()  # first: it tells the workers to leave
         for crew in self._crews:
             crew.close()
@@ -154,8 +167,9 @@ class EngineSide:
         self._intake.note(lambda writer: writer.note_event(kind, **fields))
         if kind != "worker_given_up":
             return
-        if crew is self.crew:
-            self._tell(crew, fields)
+        with self._lock:
+            if crew is self.crew:
+                self._tell(crew, fields)
         self.changed.set()
 
     def _tell(self, crew: Crew, fields: dict[str, object]) -> None:
@@ -198,13 +212,26 @@ def start_engine(
     """Starts link and workers, or returns None where the settings want no engine.
 
     *scalings*: those that the *run* has already, by channel.
-    Raises PackageError for an unusable generator, EngineError where the link cannot listen.
+    Where the settings want the current generator, one that is chosen later takes over, also from
+    one that cannot be used. Raises PackageError for another that cannot be used, EngineError where
+    the link cannot listen.
     """
     if settings.engine.runtime == "none":
         return None
-    loaded = package.load(model_store.find(settings.engine.generator))
+    follows = settings.engine.generator == model_store.CURRENT
+    seen = model_store.stamp()
+    try:
+        loaded = package.load(model_store.find(settings.engine.generator))
+    except PackageError as error:
+        if not follows:
+            raise
+        loaded, intake.no_engine = None, str(error)
+        on_trouble(f"recording raw only until another generator is chosen: {error}")
     engine = EngineSide(settings, intake, run, expected_shape, on_trouble, scalings or {})
-    engine.begin(loaded)
+    if loaded is not None:
+        engine.begin(loaded)
+    if follows:
+        engine.follow(seen)
     return engine
 
 

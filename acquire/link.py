@@ -181,7 +181,6 @@ class Link:
             version=manifest.version,
             package_hash=package.hash,
         )
-        self._intake.no_engine = ""
         self._mark_ready()
 
     def _mark_ready(self) -> None:
