@@ -3,6 +3,7 @@
 On the fake driver only, which fails on demand, and can tell what was never given back.
 """
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -200,5 +201,6 @@ os._exit(0)
 
 def test_pythons_collector_frees_nothing_on_another_thread(seam: Seam) -> None:
     command = [sys.executable, "-c", LOST, seam]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    environment = os.environ | {fake_driver.FAKE_DRIVER: str(fake_driver.compiled())}
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert ran.stdout.startswith("True"), ran.stdout

@@ -342,7 +342,7 @@ def test_without_a_driver_it_says_what_to_install() -> None:
         pytest.skip("this machine has NVIDIA's driver")
     assert said.startswith("no way to an NVIDIA GPU: pycuda ")
     assert f"finds no NVIDIA driver ({engine.gpu.LIBRARY}): install NVIDIA's display driver" in said
-    assert "pip install 'refocus[rtx]'" in said
+    assert 'pip install "refocus[rtx]"' in said
 
 
 def test_without_a_binding_it_says_what_to_install() -> None:
@@ -351,4 +351,4 @@ def test_without_a_binding_it_says_what_to_install() -> None:
         pytest.skip("this machine has NVIDIA's driver")
     assert "pycuda is not installed" in said
     assert "cuda-bindings is not installed" in said
-    assert "pip install 'refocus[rtx]'" in said
+    assert 'pip install "refocus[rtx]"' in said

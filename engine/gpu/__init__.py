@@ -86,7 +86,7 @@ def _start(seams: Sequence[Seam]) -> Driver:
             return driver
     raise NoGpuError(
         f"no way to an NVIDIA GPU: {'; '.join(reasons)}. It takes NVIDIA's display driver "
-        "(nvidia.com/drivers) and a package: pip install 'refocus[rtx]'"
+        '(nvidia.com/drivers) and a package: pip install "refocus[rtx]"'
     )
 
 

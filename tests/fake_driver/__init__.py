@@ -9,9 +9,11 @@ It stays in the process once it is loaded, without a GPU plugged in unless a tes
 process that has loaded the real driver before cannot have it.
 """
 
+import atexit
 import contextlib
 import ctypes
 import functools
+import os
 import re
 import shutil
 import subprocess
@@ -37,28 +39,41 @@ KINDS = (
 )  # fmt: skip
 
 HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+FAKE_DRIVER = "REFOCUS_FAKE_DRIVER"
+"""Name of the environment variable that tells another process where the compiled one lies."""
+
 _enqueued: list[Any] = []
 """C keeps no reference to what was put into its streams."""
 
 
 @functools.cache
-def load() -> ctypes.CDLL:
-    """Compile and load it, once a process; skips the test where that is not possible."""
+def compiled() -> Path:
+    """Compile it, once a process; skips the test where that is not possible.
+
+    A process started with its path in the environment as FAKE_DRIVER takes that one.
+    """
+    if told := os.environ.get(FAKE_DRIVER):
+        return Path(told)
     if sys.platform != "linux" or not (shutil.which("g++") and shutil.which("nm")):
         pytest.skip("the fake driver takes Linux, g++ and nm")
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "libcuda.so.1"
-        stubs = Path(folder) / "stubs.cpp"
-        stubs.write_text(_stubs())
-        flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-w"]
-        subprocess.run(
-            ["g++", *flags, f"-I{KERNELS}", f"-Wl,-soname,{library.name}", "-o", str(library)]
-            + [str(HERE / name) for name in SOURCES]
-            + [str(stubs), "-ldl"],
-            check=True,
-        )
-        fake = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    if not hasattr(ctypes.CDLL(library.name), "fake_reset"):
+    folder = Path(tempfile.mkdtemp(prefix="refocus-test-"))
+    atexit.register(shutil.rmtree, folder)
+    (folder / "stubs.cpp").write_text(_stubs())
+    sources = [*(str(HERE / name) for name in SOURCES), str(folder / "stubs.cpp")]
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-w", f"-I{KERNELS}"]
+    library = folder / "libcuda.so.1"
+    subprocess.run(
+        ["g++", *flags, f"-Wl,-soname,{library.name}", "-o", str(library), *sources, "-ldl"],
+        check=True,
+    )
+    return library
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """Load it into this process, before anything loads the real one; else skips the test."""
+    fake = ctypes.CDLL(str(compiled()), mode=ctypes.RTLD_GLOBAL)
+    if not hasattr(ctypes.CDLL(compiled().name), "fake_reset"):
         pytest.skip("this process has loaded NVIDIA's own driver")
     return fake
 
