@@ -339,19 +339,35 @@ def test_a_killed_worker_leaves_no_file(branch: Callable[..., Branch]) -> None:
 
 @posix
 def test_a_killed_recorder_s_memory_is_swept_at_the_next_start(
-    branch: Callable[..., Branch],
+    branch: Callable[..., Branch], negated: Package, tmp_path: Path
 ) -> None:
-    code = "from refocus.arena import Arena; import os; print(Arena.make(2, 4096).name, flush=True)"
     killed = subprocess.run(
-        [sys.executable, "-c", f"{code}; os.kill(os.getpid(), {int(signal.SIGKILL)})"],
+        [sys.executable, "-c", KILLED, str(negated.folder), str(tmp_path / "killed")],
         capture_output=True,
         text=True,
         check=False,
     )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     left = Path(killed.stdout.strip())
     assert left.exists()
-    branch()
+    branch(negated)
     assert not left.exists()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from engine import package
+from tests.branch import Branch, settings
+
+b = Branch(settings(package.load(Path(sys.argv[1]))), Path(sys.argv[2]))
+b.ready()
+b.drain(b.answered(b.send()))
+(peer,) = b.engine.link._roster.peers.values()
+print(peer.shared._slots.arena.name, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+"""A recorder that is killed in the middle of its work."""
 
 
 def until(done: Callable[[], bool]) -> None:
