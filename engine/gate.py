@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from engine.gpu import GpuError
 from engine.package import Package, read_golden
 from engine.scaling import Scaling
 from refocus.errors import EngineError, PackageError
@@ -27,13 +28,15 @@ def check_golden(
 ) -> float:
     """Lowest PSNR in dB over the golden planes of *package*, as *refocus* answers them.
 
-    *name* is that of the runtime. Raises PackageError where an answer is below LEAST_PSNR_DB, or
-    where there is none.
+    *name* is that of the runtime. Raises PackageError where an answer is below LEAST_PSNR_DB or is
+    no picture.
     """
     lowest_db = math.inf
     for number, golden in enumerate(read_golden(package)):
         try:
             psnr_db = _psnr_db(refocus(golden.pixels, golden.scaling), golden.answer)
+        except GpuError:
+            raise  # says nothing about the plan
         except EngineError as error:
             raise _refused(package, name, f"fails on golden plane {number}: {error}") from error
         if not psnr_db >= LEAST_PSNR_DB:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from engine.half import to_half
+from engine.tiles import SMALLEST_PX, padded_shape
 from refocus.errors import PackageError, SettingsError
 
 RECIPE = 1
@@ -32,7 +33,6 @@ OLDEST: dict[ToolkitName, tuple[int, int]] = {"tensorrt": (10, 13), "tensorrt_rt
 EXTRA: dict[ToolkitName, str] = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
 """What to install each with: pip install 'refocus[EXTRA]'."""
 
-SMALLEST_SIDE_PX = 64
 SQUARES_PX = (512, 8192)
 """Side of the smallest and the largest square; larger frames are cut into tiles."""
 KEPT_MESSAGES = 200
@@ -97,10 +97,10 @@ def profile_for(shape: tuple[int, int], stride: int) -> Profile:
 
     *stride*: of the generator; every side of the profile is a multiple of it.
     """
-    padded = max(_up(side, stride) for side in shape)
+    padded = max(padded_shape(shape, stride))
     smallest, largest = SQUARES_PX
     square = min(max(smallest, 1 << (padded - 1).bit_length()), largest)
-    least, most = _up(SMALLEST_SIDE_PX, stride), _up(square, stride)
+    least, most = _up(SMALLEST_PX, stride), _up(square, stride)
     return Profile((least, least), (most, most), (most, most))
 
 

@@ -9,12 +9,14 @@ real generator does.
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 import onnx
+from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import save
 
 from engine.package import (
@@ -28,8 +30,9 @@ from engine.package import (
     encode_golden,
     write,
 )
-from engine.scaling import Scaling
+from engine.scaling import Scaling, to_counts, to_network
 
+GOLDEN_SCALING = Scaling(offset=100.0, scale=1000.0)
 Answer = Literal["identity", "negated", "constant", "nan"]
 
 
@@ -79,10 +82,22 @@ def write_package(
         training=Training(command="none", files=()),
         created="2026-01-01T00:00:00Z",
     )
-    plane = np.random.default_rng(0).integers(0, 4096, (48, 64), dtype=np.uint16)
-    golden = encode_golden([Golden(plane, Scaling(offset=100.0, scale=1000.0), plane)])
+    plane = np.random.default_rng(0).integers(0, 4096, (96, 96), dtype=np.uint16)
+    golden = encode_golden([Golden(plane, GOLDEN_SCALING, _answer(generator, plane))])
     files = {WEIGHTS: save({"weight": weights}), ONNX: generator, GOLDEN: golden}
     return write(folder, manifest, files)
+
+
+def _answer(generator: bytes, plane: npt.NDArray[np.uint16]) -> npt.NDArray[np.generic]:
+    """The float32 master's; *plane* itself where it answers rubbish or is none."""
+    try:
+        evaluator = ReferenceEvaluator(onnx.load_from_string(generator))
+    except DecodeError:
+        return plane
+    values = to_network(plane, GOLDEN_SCALING)[None, None]
+    (made,) = cast(Any, evaluator.run(None, {evaluator.input_names[0]: values}))
+    is_picture = made.shape == values.shape and np.isfinite(made).all()
+    return to_counts(made[0, 0], GOLDEN_SCALING, np.uint16)[0] if is_picture else plane
 
 
 def to_onnx(weights: npt.NDArray[np.float32], residual: bool) -> bytes:

@@ -308,7 +308,7 @@ def test_what_stops_it_before_the_first_file(tmp_path: Path, packages: dict[str,
     tifffile.imwrite(tmp_path / "in.tif", GREY)
     with pytest.raises(SettingsError, match="no folder there"):
         call([tmp_path / "in.tif"], tmp_path / "in.tif", packages["identity"])
-    with pytest.raises(SettingsError, match="'none' cannot refocus"):
+    with pytest.raises(SettingsError, match="'none' refocuses nothing"):
         call([tmp_path / "in.tif"], tmp_path / "out", packages["identity"], "--engine", "none")
     altered = identity_package.make(tmp_path / "altered")
     (altered.folder / "golden.npz").write_bytes(b"")

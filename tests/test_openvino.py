@@ -93,18 +93,18 @@ def test_a_shape_must_be_announced(runtime: OpenVino, tmp_path: Path) -> None:
 def test_compiled_networks_do_not_pile_up(runtime: OpenVino, tmp_path: Path) -> None:
     package = identity_package.make(tmp_path / "identity")
     for k in range(MAX_LOADED + 1):
-        runtime.load(package, (16 + 16 * k, 16))
-        runtime.load(package, (32, 16))  # used again and again: stays
-    runtime.refocus(plane((32, 16)), SCALING)
+        runtime.load(package, (64 + 16 * k, 64))
+        runtime.load(package, (80, 64))  # used again and again: stays
+    runtime.refocus(plane((80, 64)), SCALING)
     with pytest.raises(EngineError):
-        runtime.refocus(plane((16, 16)), SCALING)
+        runtime.refocus(plane((64, 64)), SCALING)
 
 
 def test_what_runs_is_what_was_checked(runtime: OpenVino, tmp_path: Path) -> None:
     """The file may be exchanged once the package is loaded: new shapes compile the old bytes."""
-    raw = plane((32, 48))
+    raw = plane((96, 112))
     package = identity_package.make(tmp_path / "identity")
-    runtime.load(package, (16, 16))
+    runtime.load(package, (64, 64))
     other = identity_package.make(tmp_path / "negated", answer="negated")
     (package.folder / ONNX).write_bytes((other.folder / ONNX).read_bytes())
     runtime.load(package, raw.shape)
@@ -121,7 +121,7 @@ def test_an_unusable_network_is_refused(runtime: OpenVino, unet: Package, tmp_pa
         unet.manifest,
         {**files, ONNX: identity_package.to_onnx(np.ones((1, 1, 3, 5), np.float32), False)},
     )
-    with pytest.raises(PackageError, match=r"answers shape \[1, 1, 48, 62\]"):
+    with pytest.raises(PackageError, match=r"answers shape \[1, 1, 64, 62\]"):
         runtime.load(shrinks, (48, 64))
 
 
@@ -168,9 +168,8 @@ def test_engine_choices() -> None:
     runtime = open_runtime("auto", threads=1)
     assert runtime.name.startswith("openvino 20")
     runtime.close()
-    for choice in ("tensorrt", "none"):
-        with pytest.raises(SettingsError, match=choice):
-            open_runtime(choice)
+    with pytest.raises(SettingsError, match="none"):
+        open_runtime("none")
     assert 1 <= spare_cores() < max(2, os.cpu_count() or 1)
 
 

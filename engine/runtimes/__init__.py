@@ -25,6 +25,8 @@ class Refocused:
     """A runtime's answer: (y, x), dtype and counts of the raw plane."""
 
     pixels: Pixels
+    """May lie in the runtime's own memory, where it was asked for by `start`: then it is valid
+    until the next `start`, and no copy is made that nobody needs."""
     clipped: int
     """Pixels whose value did not fit into the dtype and was cut to its limit."""
 
@@ -62,7 +64,7 @@ class Runtime(Protocol):
         """
 
     def refocus(self, pixels: Pixels, scaling: Scaling) -> Refocused:
-        """Start one plane and wait for its answer."""
+        """Start one plane and wait for its answer, whose pixels are the caller's."""
 
     def bare(self, package: Package, shape: tuple[int, int]) -> Callable[[], None]:
         """The network alone on a plane of zeros: what `refocus bench` holds the worker against."""
@@ -117,6 +119,10 @@ def _open_openvino(threads: int | None) -> Runtime:
 
 
 def _open_tensorrt(device: int, say: Callable[[str], None]) -> Runtime:
-    from engine.runtimes.tensorrt import TensorRt
-
+    try:
+        from engine.runtimes.tensorrt import TensorRt
+    except ImportError as error:
+        raise SettingsError(
+            f'TensorRT cannot be used: {error}; pip install "refocus[rtx]"'
+        ) from error
     return TensorRt(device, say=say)

@@ -1,9 +1,9 @@
 """OpenVINO on the CPU: the runtime for machines without a GPU. No torch.
 
 The network is compiled for one static shape at a time (50 ms, measured at any size up to 3072²)
-and runs over the whole frame at once. Frames are padded at the bottom and on the right to the
-generator's stride: by reflection, again and again where the pad is wider than the frame, and by
-repetition where a side is a single pixel. The padding is cut off the answer.
+and runs over the whole frame at once. Frames are padded at the bottom and on the right, to the
+generator's stride and to at least 64 px: by reflection, again and again where the pad is wider than
+the frame, and by repetition where a side is a single pixel. The padding is cut off the answer.
 
 Precision is OpenVINO's own choice for the CPU: bfloat16 where the hardware has it, which halves the
 time. The last layers and the way around the network stay float32. `precision="f32"` is there to
@@ -30,6 +30,7 @@ from engine.checks import check_answer
 from engine.package import ONNX, Package
 from engine.runtimes import Answer, Refocused
 from engine.scaling import Scaling, to_counts, to_network
+from engine.tiles import padded_shape
 from refocus.errors import EngineError, PackageError
 from refocus.frame import Pixels
 
@@ -84,7 +85,7 @@ class OpenVino:
         if package is None or _key(package, pixels.shape) not in self._loaded:
             raise EngineError(f"nothing is loaded for a plane of {pixels.shape}; call load first")
         request = self._loaded[_key(package, pixels.shape)]
-        padded = _pad(pixels, package.manifest.stride)
+        padded = _pad(pixels, _key(package, pixels.shape)[1])
         request.get_input_tensor().data[0, 0] = to_network(padded, scaling)
         request.start_async()
 
@@ -151,13 +152,9 @@ def spare_cores() -> int:
 
 
 def _key(package: Package, shape: tuple[int, int]) -> Key:
-    stride = package.manifest.stride
-    return package.hash, (-(-shape[0] // stride) * stride, -(-shape[1] // stride) * stride)
+    return package.hash, padded_shape(shape, package.manifest.stride)
 
 
-def _pad(pixels: Pixels, stride: int) -> Pixels:
-    height, width = pixels.shape
-    pad = ((0, -height % stride), (0, -width % stride))
-    if pad == ((0, 0), (0, 0)):
-        return pixels
-    return np.pad(pixels, pad, mode="reflect")
+def _pad(pixels: Pixels, padded: tuple[int, int]) -> Pixels:
+    missing = [(0, wanted - got) for wanted, got in zip(padded, pixels.shape, strict=True)]
+    return np.pad(pixels, missing, mode="reflect") if any(map(any, missing)) else pixels

@@ -1,0 +1,201 @@
+"""One place for one plane on the GPU, from the host's memory and back.
+
+Everything a plane needs lies ready: pinned buffers (only those copy while the GPU computes),
+buffers on the GPU, a TensorRT context, a stream, and the whole way as one captured graph:
+
+    upload counts and scaling -> to_network -> the network -> to_counts -> download counts and stats
+
+A graph freezes its arguments, so offset and scale travel as data beside the plane. Counts become
+network values on the GPU: converting on the host takes longer than the network, and half as many
+bytes travel. With two slots on two streams the copies of one plane hide behind the computing of the
+other.
+"""
+
+from contextlib import ExitStack
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.checks import check_answer
+from engine.gpu import Gpu
+from engine.runtimes import Refocused
+from engine.scaling import Scaling
+from refocus.errors import EngineError
+from refocus.frame import Pixels
+
+PARAMS_BYTES = 12
+STATS_BYTES = 16
+THREADS = 256
+MOST_ROWS = 128
+"""Rows of blocks; the kernels stride over the rest. 1024 blocks at 2048² fill the largest GPU."""
+
+KERNELS = {np.dtype(np.uint8): "u8", np.dtype(np.uint16): "u16"}
+
+
+class Network(Protocol):
+    """What `engine.runtimes.executable.Context` offers a slot."""
+
+    memory_bytes: int
+
+    def bind(self, network: int, answer: int, memory: int) -> None: ...
+    def enqueue(self, stream: int) -> None: ...
+    def close(self) -> None: ...
+
+
+class Networks(Protocol):
+    """Makes a `Network` for a padded shape (y, x) px."""
+
+    def context(self, padded: tuple[int, int], stream: int) -> Network: ...
+
+
+class Slot:
+    """Buffers, context and graphs for planes of *shape*, padded to *padded*, (y, x) px both."""
+
+    def __init__(
+        self, gpu: Gpu, networks: Networks, shape: tuple[int, int], padded: tuple[int, int]
+    ) -> None:
+        self._gpu = gpu
+        self._shape = shape
+        self._padded = padded
+        self._graphs: dict[np.dtype[np.generic], int] = {}
+        self._raw: Pixels | None = None
+        with ExitStack() as closing:
+            self._stream = gpu.stream()
+            closing.callback(gpu.drop_stream, self._stream)
+            self._done = gpu.event()
+            closing.callback(gpu.drop_event, self._done)
+            self._network = networks.context(padded, self._stream)
+            self.device_bytes = _device_bytes(shape, padded) + self._network.memory_bytes
+            """On the GPU, allocated by `take`."""
+            self._closing = closing.pop_all()
+
+    def take(self) -> None:
+        """Allocate, and run once so that a graph can be captured.
+
+        Raises GpuMemoryError where the GPU has too little memory left.
+        """
+        gpu, counts_bytes = self._gpu, 2 * self._shape[0] * self._shape[1]
+        values_bytes = 4 * self._padded[0] * self._padded[1]
+        # Written by the host and read by the GPU alone: write-combined is faster for both.
+        self._host_raw = self._pin(counts_bytes, write_combined=True)
+        self._host_params = self._pin(PARAMS_BYTES)
+        self._host_counts = self._pin(counts_bytes)
+        self._host_stats = self._pin(STATS_BYTES)
+        self._counts = self._alloc(counts_bytes)  # raw on the way in, refocused on the way out
+        self._params = self._alloc(PARAMS_BYTES)
+        self._stats = self._alloc(STATS_BYTES)
+        self._values = self._alloc(values_bytes)
+        self._answer = self._alloc(values_bytes)
+        self._network.bind(
+            self._values, self._answer, self._alloc(max(1, self._network.memory_bytes))
+        )
+        self._host_raw[:] = 0
+        self._host_params.view(np.float32)[:] = 0, 1, 1
+        self._enqueue(np.dtype(np.uint16))
+        gpu.synchronize(self._stream)
+
+    def start(self, pixels: Pixels, scaling: Scaling) -> None:
+        """Begin with a plane of this slot's shape, uint8 or uint16."""
+        if self._raw is not None:  # nobody wanted its answer; the GPU may still be reading
+            self._gpu.wait(self._done)
+        self._view(self._host_raw, pixels.dtype)[:] = pixels
+        self._host_params.view(np.float32)[:] = scaling.offset, scaling.scale, 1.0 / scaling.scale
+        self._gpu.replay(self._graph(pixels.dtype), self._stream)
+        self._gpu.record(self._done, self._stream)
+        self._raw = pixels
+
+    def finish(self) -> Refocused:
+        """Wait for the plane that was started; its pixels are ours until the next start.
+
+        Raises EngineError for rubbish.
+        """
+        raw, self._raw = self._raw, None
+        if raw is None:
+            raise EngineError("no plane was started in this slot")
+        self._gpu.wait(self._done)
+        clipped, broken, *extremes = (int(v) for v in self._host_stats.view(np.int32))
+        lowest, highest = (np.nan, np.nan) if broken else map(_float_of, extremes)
+        check_answer(raw, lowest, highest)
+        return Refocused(self._view(self._host_counts, raw.dtype), clipped)
+
+    def run_network(self) -> None:
+        """The network alone on what lies there, waited for."""
+        self._network.enqueue(self._stream)
+        self._gpu.synchronize(self._stream)
+
+    def settle(self) -> None:
+        """Wait for all that is under way here."""
+        self._gpu.synchronize(self._stream)
+
+    def close(self) -> None:
+        """Waits for what is under way, then releases all, whatever fails on the way."""
+        with ExitStack() as last:  # runs from the last to the first
+            last.push(self._closing)
+            last.callback(self._network.close)  # before the memory that it computes in
+            for graph in self._graphs.values():
+                last.callback(self._gpu.drop_graph, graph)
+            last.callback(self.settle)
+            self._graphs.clear()
+
+    def _graph(self, dtype: np.dtype[np.generic]) -> int:
+        if dtype not in self._graphs:
+            self._graphs[dtype] = self._gpu.capture(self._stream, lambda: self._enqueue(dtype))
+        return self._graphs[dtype]
+
+    def _enqueue(self, dtype: np.dtype[np.generic]) -> None:
+        gpu, stream, kind = self._gpu, self._stream, KERNELS[dtype]
+        (height, width), (padded_height, padded_width) = self._shape, self._padded
+        sides: list[np.generic] = [np.int32(height), np.int32(width)]
+        counts, values = np.uint64(self._counts), np.uint64(self._values)
+        params, stats = np.uint64(self._params), np.uint64(self._stats)
+        gpu.copy_in(self._params, self._host_params, stream)
+        gpu.copy_in(self._counts, self._view(self._host_raw, dtype), stream)
+        gpu.launch(gpu.kernel("reset_stats"), (1, 1), 1, [stats], stream)
+        arguments = [
+            counts,
+            values,
+            *sides,
+            np.int32(padded_height),
+            np.int32(padded_width),
+            params,
+        ]
+        blocks = _blocks(self._padded)
+        gpu.launch(gpu.kernel(f"to_network_{kind}"), blocks, THREADS, arguments, stream)
+        self._network.enqueue(stream)
+        arguments = [np.uint64(self._answer), counts, *sides, np.int32(padded_width), params, stats]
+        blocks = _blocks(self._shape)
+        gpu.launch(gpu.kernel(f"to_counts_{kind}"), blocks, THREADS, arguments, stream)
+        gpu.copy_out(self._host_stats, self._stats, stream)
+        gpu.copy_out(self._view(self._host_counts, dtype), self._counts, stream)
+
+    def _view(self, pinned: npt.NDArray[np.uint8], dtype: np.dtype[np.generic]) -> Pixels:
+        """The part of *pinned* that a plane of *dtype* takes, as (y, x)."""
+        used = pinned[: self._shape[0] * self._shape[1] * dtype.itemsize]
+        return used.view(dtype).reshape(self._shape)
+
+    def _alloc(self, size_bytes: int) -> int:
+        address = self._gpu.alloc(size_bytes)
+        self._closing.callback(self._gpu.free, address)
+        return address
+
+    def _pin(self, size_bytes: int, *, write_combined: bool = False) -> npt.NDArray[np.uint8]:
+        array = self._gpu.pinned(size_bytes, write_combined=write_combined)
+        self._closing.callback(self._gpu.unpin, array)
+        return array
+
+
+def _device_bytes(shape: tuple[int, int], padded: tuple[int, int]) -> int:
+    values_bytes = 4 * padded[0] * padded[1]
+    return 2 * values_bytes + 2 * shape[0] * shape[1] + PARAMS_BYTES + STATS_BYTES
+
+
+def _blocks(shape: tuple[int, int]) -> tuple[int, int]:
+    """(x, y) blocks of THREADS for (y, x) pixels."""
+    return -(-shape[1] // THREADS), min(shape[0], MOST_ROWS)
+
+
+def _float_of(ordered: int) -> float:
+    """The float32 whose bits were turned into an int of the same order."""
+    bits = ordered if ordered >= 0 else ordered ^ 0x7FFFFFFF
+    return float(np.array(bits, np.int32).view(np.float32))

@@ -1,0 +1,99 @@
+"""TensorRT's part in tests without a GPU: the package's own float32 master, in the fake driver.
+
+Plans are real, built by TensorRT for RTX, which needs no GPU for that. To execute one takes a GPU,
+so here the network is run by OpenVINO, in the order and at the moment at which the fake driver gets
+to it: work in a stream that nobody waits for is not done.
+"""
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.package import Package
+from engine.plan import Toolkit
+from engine.runtimes.openvino import ov
+from refocus.errors import EngineError
+from tests import fake_driver
+
+Values = npt.NDArray[np.float32]
+SCRATCH_BYTES = 4096
+
+
+class Played:
+    """Stands in for `engine.runtimes.executable.Executable`."""
+
+    def __init__(self, compute: Callable[[Values], Values], scratch_bytes_per_px: int = 0) -> None:
+        self.compute = compute
+        self.scratch_bytes_per_px = scratch_bytes_per_px
+        self.contexts = 0
+        self.plans: list[bytes] = []
+        self.is_closed = False
+
+    def open(self, toolkit: Toolkit, plan: bytes, jit_cache: Path) -> "Played":
+        """As the class that it stands in for is called."""
+        self.plans.append(plan)
+        return self
+
+    def context(self, padded: tuple[int, int], stream: int) -> "PlayedContext":
+        self.contexts += 1
+        return PlayedContext(self, padded)
+
+    def save_jit(self) -> None:
+        pass
+
+    def close(self) -> None:
+        assert not self.contexts, "an engine must outlive its contexts"
+        self.is_closed = True
+
+
+class PlayedContext:
+    """One context; reads and writes the fake GPU's memory, which is the host's."""
+
+    def __init__(self, played: Played, padded: tuple[int, int]) -> None:
+        self._played = played
+        self._padded = padded
+        self.memory_bytes = SCRATCH_BYTES + played.scratch_bytes_per_px * padded[0] * padded[1]
+        self._bound: tuple[int, int, int] | None = None
+
+    def bind(self, network: int, answer: int, memory: int) -> None:
+        self._bound = network, answer, memory
+
+    def enqueue(self, stream: int) -> None:
+        assert self._bound, "enqueued without memory"
+        source, target, memory = self._bound
+
+        def run() -> None:
+            scratch = (ctypes.c_uint8 * self.memory_bytes).from_address(memory)
+            scratch[0] = scratch[self.memory_bytes - 1] = 1  # ours to the last byte
+            self._at(target)[:] = self._played.compute(self._at(source))
+
+        try:
+            fake_driver.enqueue(stream, run)
+        except AssertionError as error:  # the driver would not have it
+            raise EngineError(f"TensorRT cannot run: {error}") from error
+
+    def close(self) -> None:
+        self._played.contexts -= 1
+
+    def _at(self, address: int) -> Values:
+        size = self._padded[0] * self._padded[1]
+        array: Any = (ctypes.c_float * size).from_address(address)
+        return np.frombuffer(array, np.float32).reshape(self._padded)
+
+
+def master(package: Package) -> Callable[[Values], Values]:
+    """What the float32 master of *package* makes of a plane in network range, (y, x)."""
+    core = ov.Core()
+    options = {"INFERENCE_PRECISION_HINT": ov.Type.f32, "INFERENCE_NUM_THREADS": 1}
+    model = core.compile_model(core.read_model(package.generator), "CPU", options)
+
+    def compute(values: Values) -> Values:
+        answer: Any = model([values[None, None]])[0]
+        plane: Values = answer[0, 0]
+        return plane
+
+    return compute
