@@ -18,6 +18,7 @@ from importlib.metadata import version
 from refocus.cli import (
     apply,
     bench,
+    build,
     convert,
     demo,
     doctor,
@@ -48,7 +49,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="refocus", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"refocus {version('refocus')}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (demo, runs, fill, convert, apply, bench, models, keys, worker, doctor, train):
+    for group in (
+        demo,
+        runs,
+        fill,
+        convert,
+        apply,
+        bench,
+        models,
+        keys,
+        worker,
+        doctor,
+        build,
+        train,
+    ):
         group.register(subparsers)
     arguments = parser.parse_args(argv)
     try:
