@@ -34,6 +34,12 @@ def shoot(r: Recorder, pixels: np.ndarray, **metadata: Any) -> None:
     hooks["image_process_fn"](pixels.copy(), {"PixelSize_um": 0.325, **metadata})
 
 
+def events(run: Path, kind: str) -> int:
+    """How often this happened so far in a run that is being written."""
+    lines = (run / "journal" / "run.jsonl").read_text().splitlines()
+    return sum(f'"event":"{kind}"' in line for line in lines)
+
+
 def assert_raw(run: Run, taken: list[np.ndarray]) -> None:
     """Every frame as another reader finds it, byte for byte."""
     for entry in run.frames():

@@ -23,7 +23,7 @@ from refocus.settings import AcquireSettings, EngineSettings, LinkSettings, Sett
 from store.reader import Run, State, open_run
 from store.records import Kind, Record
 from tests import hanging_package, identity_package
-from tests.recording import assert_raw, plane, recorder, shoot
+from tests.recording import assert_raw, events, plane, recorder, shoot
 
 SHAPE = (48, 64)
 LIMIT_S = 60.0
@@ -203,9 +203,9 @@ def test_choosing_again_while_one_gets_ready_drops_that(
     with one.recorder as r:
         assert r.wait_for_engine(30)
         one.works_with("negated")
-        started = events(one, "worker_started")
+        started = events(one.path, "worker_started")
         model_store.use(other.folder)
-        one.shoot_until(lambda: events(one, "worker_started") > started)
+        one.shoot_until(lambda: events(one.path, "worker_started") > started)
         model_store.use(identity.folder)
         one.works_with("identity")
         for _ in range(3):  # faster than anyone looks
@@ -216,11 +216,6 @@ def test_choosing_again_while_one_gets_ready_drops_that(
     run = open_run(one.path)
     assert_sound(run, one.taken)
     assert [name for name, _ in in_use(run)] == ["negated", "identity"]
-
-
-def events(one: Recording, kind: str) -> int:
-    lines = (one.path / "journal" / "run.jsonl").read_text().splitlines()
-    return sum(f'"event":"{kind}"' in line for line in lines)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
@@ -284,9 +279,9 @@ def test_a_run_that_ends_while_a_generator_gets_ready(
     with one.recorder as r:
         assert r.wait_for_engine(30)
         one.works_with("negated")
-        started = events(one, "worker_started")
+        started = events(one.path, "worker_started")
         model_store.use(identity.folder)
-        one.until(lambda: events(one, "worker_started") > started)
+        one.until(lambda: events(one.path, "worker_started") > started)
     run = open_run(one.path)
     assert_sound(run, one.taken)
     assert makers(run).total() == len(one.taken)
@@ -300,7 +295,7 @@ def test_a_generator_that_was_named_stays(
         assert r.wait_for_engine(30)
         model_store.use(identity.folder)
         one.works_with("negated", frames=20)
-        assert events(one, "worker_started") == 1
+        assert events(one.path, "worker_started") == 1
     assert makers(open_run(one.path)) == {"negated": len(one.taken)}
 
 
