@@ -151,6 +151,8 @@ def build_from_half(
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
     config.clear_flag(trt.BuilderFlag.TF32)
     config.max_aux_streams = 0
+    # Or a context of a small frame would take the memory of the profile's largest.
+    config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
     if toolkit.is_rtx and capability is not None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(rtx_capability(toolkit, capability), 0)

@@ -32,6 +32,7 @@ class Played:
         self.contexts = 0
         self.plans: list[bytes] = []
         self.is_closed = False
+        self.is_capturable = True
 
     def open(self, toolkit: Toolkit, plan: bytes, jit_cache: Path) -> "Played":
         """As the class that it stands in for is called."""
@@ -75,6 +76,9 @@ class PlayedContext:
             fake_driver.enqueue(stream, run)
         except AssertionError as error:  # the driver would not have it
             raise EngineError(f"TensorRT cannot run: {error}") from error
+
+    def is_capturable(self, stream: int) -> bool:
+        return self._played.is_capturable
 
     def close(self) -> None:
         self._played.contexts -= 1

@@ -125,6 +125,23 @@ def test_8_and_16_bits_take_turns(identity: Package) -> None:
 
 
 @pytest.mark.usefixtures("gpu")
+def test_what_cannot_be_captured_is_run_step_by_step(negated: Package) -> None:
+    raw = plane((48, 64))
+    runtime, played = opened(negated)
+    runtime.load(negated, raw.shape)
+    wanted = runtime.refocus(raw, SCALING).pixels
+    assert "cuGraphLaunch" in fake_driver.calls()
+    runtime.close()
+    fake_driver.reset()
+    runtime, played = opened(negated)
+    played.is_capturable = False
+    runtime.load(negated, raw.shape)
+    np.testing.assert_array_equal(runtime.refocus(raw, SCALING).pixels, wanted)
+    assert "cuGraphLaunch" not in fake_driver.calls()
+    runtime.close()
+
+
+@pytest.mark.usefixtures("gpu")
 def test_shapes_do_not_pile_up(identity: Package) -> None:
     runtime, played = opened(identity)
     for k in range(MAX_LOADED + 2):

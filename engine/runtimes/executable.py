@@ -8,7 +8,6 @@ largest shape would take it all.
 A plan is executable code. Whoever comes here with one has had its seal checked (engine/sealed.py).
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,7 @@ class Executable:
         )
         if context is None:
             raise EngineError(f"TensorRT makes no context: {'; '.join(self._toolkit.messages())}")
-        return Context(self._engine, context, trt, padded, stream, self._toolkit.messages)
+        return Context(self._engine, context, self._toolkit, padded, stream)
 
     def save_jit(self) -> None:
         """Keeps what was compiled since the last time; the next start need not."""
@@ -93,13 +92,13 @@ class Context:
         self,
         engine: Any,
         context: Any,
-        trt: Any,
+        toolkit: Toolkit,
         padded: tuple[int, int],
         stream: int,
-        messages: Callable[[], list[str]],
     ) -> None:
         self._context = context
-        self._messages = messages
+        self._toolkit = toolkit
+        trt = toolkit.module
         names = [engine.get_tensor_name(k) for k in range(engine.num_io_tensors)]
         modes = {engine.get_tensor_mode(name): name for name in names}
         self._input = modes[trt.TensorIOMode.INPUT]
@@ -124,11 +123,15 @@ class Context:
         """Runs the network once, in *stream*."""
         self._require(self._context.execute_async_v3(stream), "cannot run")
 
+    def is_capturable(self, stream: int) -> bool:
+        """Whether a graph may be captured; RTX refuses while kernels are still being compiled."""
+        return not self._toolkit.is_rtx or bool(self._context.is_stream_capturable(stream))
+
     def close(self) -> None:
         self._context = None
 
     def _require(self, went_well: object, what: str) -> None:
         if not went_well:
             raise EngineError(
-                f"TensorRT {what}: {'; '.join(self._messages()) or 'no reason given'}"
+                f"TensorRT {what}: {'; '.join(self._toolkit.messages()) or 'no reason given'}"
             )

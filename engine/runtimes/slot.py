@@ -40,6 +40,7 @@ class Network(Protocol):
 
     def bind(self, network: int, answer: int, memory: int) -> None: ...
     def enqueue(self, stream: int) -> None: ...
+    def is_capturable(self, stream: int) -> bool: ...
     def close(self) -> None: ...
 
 
@@ -71,7 +72,7 @@ class Slot:
             self._closing = closing.pop_all()
 
     def take(self) -> None:
-        """Allocate, and run once so that a graph can be captured.
+        """Allocate, and run once, after which a graph can be captured.
 
         Raises GpuMemoryError where the GPU has too little memory left.
         """
@@ -94,6 +95,7 @@ class Slot:
         self._host_params.view(np.float32)[:] = 0, 1, 1
         self._enqueue(np.dtype(np.uint16))
         gpu.synchronize(self._stream)
+        self._captures = self._network.is_capturable(self._stream)
 
     def start(self, pixels: Pixels, scaling: Scaling) -> None:
         """Begin with a plane of this slot's shape, uint8 or uint16."""
@@ -101,7 +103,10 @@ class Slot:
             self._gpu.wait(self._done)
         self._view(self._host_raw, pixels.dtype)[:] = pixels
         self._host_params.view(np.float32)[:] = scaling.offset, scaling.scale, 1.0 / scaling.scale
-        self._gpu.replay(self._graph(pixels.dtype), self._stream)
+        if self._captures:
+            self._gpu.replay(self._graph(pixels.dtype), self._stream)
+        else:
+            self._enqueue(pixels.dtype)
         self._gpu.record(self._done, self._stream)
         self._raw = pixels
 
