@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from acquire.header import UNKNOWN
 from acquire.intake import Intake
-from acquire.items import Arrival
 from acquire.items import Answer as LinkAnswer
+from acquire.items import Arrival
 from acquire.link import Link
-from engine import package, worker
+from engine import model_store, package, worker
 from engine.package import Package
 from engine.runtimes import Answer, Refocused
 from engine.scaling import Scaling
@@ -82,7 +82,7 @@ def echo_rate(
 ) -> float:
     """Frames/s of uint16 through the link, to an echo worker and back."""
     command = [sys.executable, str(Path(__file__).resolve()), "--echo"]
-    generator = package.find("fluorescence")
+    generator = model_store.find("fluorescence")
     return wire_rate(command, generator, shape, seconds, shared_memory=shared_memory, is_echo=True)
 
 
