@@ -1,6 +1,7 @@
 """`refocus doctor`: what is broken is a finding, and never takes down who asks."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ from engine import doctor
 from engine.doctor import Finding, GpuFound, advise
 from refocus.cli.main import main
 from refocus.errors import SettingsError
+from tests import fake_driver
 
+ROOT = Path(__file__).parents[1]
 SHORT_S = 3.0
 ABSENT = Finding(found=False, text="")
 THERE = Finding(found=True, text="")
@@ -41,43 +44,32 @@ def test_one_line_for_each_part(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "words"),
+    ("code", "words", "limit_s"),
     [
-        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
-        ("import os; os._exit(3)", "exit code 3"),
-        ("import time; time.sleep(600)", "hangs"),
-        ("raise OSError('its library is missing')", "OSError: its library is missing"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV", doctor.LIMIT_S),
+        ("import os; os._exit(3)", "exit code 3", doctor.LIMIT_S),
+        ("import time; time.sleep(600)", "hangs", SHORT_S),
+        ("raise OSError('its library is missing')", "its library is missing", doctor.LIMIT_S),
     ],
 )
-def test_a_broken_library_is_a_finding_and_nothing_can_refocus(
-    code: str,
-    words: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_what_a_broken_library_does_is_said(
+    code: str, words: str, limit_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_library("openvino", code, tmp_path, monkeypatch)
-    monkeypatch.setattr(doctor, "LIMIT_S", SHORT_S)
-    report = doctor.examine(SHORT_S)
-    assert not report.can_refocus
-    assert words in report.findings["OpenVINO, CPU"].text
     with pytest.raises(SettingsError, match="cannot be had") as caught:
-        doctor.require("openvino", SHORT_S)
+        doctor.require("openvino", limit_s)
     assert words in str(caught.value)
-
-
-def test_a_library_may_print_what_it_likes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "print('hello from a library'); raise OSError('broken')"
-    with_library("openvino", code, tmp_path, monkeypatch)
-    assert doctor.examine().findings["OpenVINO, CPU"].text == "OSError: broken"
 
 
 def test_nothing_can_refocus_is_exit_code_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with_library("openvino", "raise OSError('broken')", tmp_path, monkeypatch)
+    code = "print('hello from a library'); raise OSError('broken')"
+    with_library("openvino", code, tmp_path, monkeypatch)
     assert main(["doctor"]) == 1
-    assert "auto picks nothing" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "OSError: broken" in out
+    assert "auto picks nothing" in out
 
 
 def test_an_explicit_engine_that_cannot_be_had_is_refused_before_recording(
@@ -87,6 +79,26 @@ def test_an_explicit_engine_that_cannot_be_had_is_refused_before_recording(
     assert main(["demo", "--engine", "openvino", "--out", str(tmp_path / "run")]) == 2
     assert "SIGABRT" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_is_found_through_the_driver_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = fake_driver.compiled()
+    monkeypatch.setenv(fake_driver.FAKE_DRIVER, str(driver))
+    # Each process that the doctor starts has a GPU from its first line on.
+    code = "from tests import fake_driver; fake_driver.reset()"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    report = doctor.examine()
+    found = report.findings["NVIDIA GPU"]
+    assert [one.memory_mib for one in found.gpus] == [fake_driver.MEMORY_BYTES >> 20]
+    assert found.gpus[0].name in found.text
+    assert found.cuda is not None
+    assert f"CUDA {found.cuda[0]}.{found.cuda[1]}" in found.text
+    for seam in ("pycuda", "cuda-bindings"):
+        assert found.gpus[0].name in report.findings[seam].text
+    assert report.can_refocus
 
 
 def gpu(name: str, capability: tuple[int, int], cuda: tuple[int, int] = (13, 0)) -> Finding:
