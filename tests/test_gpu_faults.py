@@ -87,15 +87,12 @@ def test_whichever_call_fails_all_is_given_back(seam: Seam, code: int, sticky: b
         except GpuMemoryError:
             assert code == OUT_OF_MEMORY, name
         except GpuError:
-            # pycuda pushes the context while it leaves it; what misses it then is the next call.
-            assert code != OUT_OF_MEMORY or name == "cuCtxPushCurrent_v2", name
+            # pycuda pushes and pops once more while it leaves; the next call misses the context.
+            assert code != OUT_OF_MEMORY or name.startswith(("cuCtxPush", "cuCtxPop")), name
         else:
             assert seam == "pycuda", f"{name} failed unnoticed"
             assert pycuda_goes_on(name, code), f"{name} failed unnoticed"
-        left = fake_driver.alive()
-        if name == "cuCtxPopCurrent_v2":  # there is no second way off the stack
-            left.pop("pushed", None)
-        assert left == {}, f"call {number}, {name}"
+        assert fake_driver.alive() == {}, f"call {number}, {name}"
 
 
 def test_things_go_in_order(seam: Seam) -> None:
@@ -161,22 +158,12 @@ def test_memory_is_short_while_it_is_short(seam: Seam) -> None:
         assert gpu.memory() == (4 << 20, 10 << 20)
 
 
-def test_no_gpu_behind_the_driver(seam: Seam) -> None:
-    fake_driver.reset(plugged_in=False)
-    with pytest.raises(NoGpuError, match=r"finds no GPU that it can use: .*no CUDA"):
-        open_gpu(0, seam)
-
-
-def test_one_door_is_enough() -> None:
-    """Where pycuda is not to be had, cuda-bindings are taken."""
-    pytest.importorskip("cuda.bindings")
-    with fake_driver.plugged_in(), pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "pycuda", None)
-        patch.delitem(sys.modules, "engine.gpu.pycuda_driver", raising=False)
-        with open_gpu() as gpu:
-            assert gpu.seam.startswith("cuda-bindings ")
-        with pytest.raises(NoGpuError, match="pycuda is not installed"):
-            open_gpu(seam="pycuda")
+def test_the_host_may_have_no_memory_to_pin(seam: Seam) -> None:
+    with open_gpu(0, seam) as gpu:
+        fake_driver.set_memory(3 << 20)
+        with pytest.raises(GpuMemoryError, match="4 MiB of the host's memory cannot be pinned"):
+            gpu.pinned(4 << 20)
+        gpu.pinned(2 << 20)
 
 
 LOST = """

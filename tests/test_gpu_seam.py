@@ -3,15 +3,12 @@
 What only a driver that can be made to fail shows is in test_gpu_faults.py.
 """
 
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
-import engine.gpu
 from engine.gpu import Gpu, GpuError, GpuMemoryError, NoGpuError, open_gpu
 from engine.gpu.convert import STATS, Converter, level, params
 from engine.scaling import Scaling, to_counts, to_network
@@ -238,7 +235,7 @@ def test_a_capture_that_fails_leaves_the_stream_usable(gpu: Gpu) -> None:
 
 
 def test_what_does_not_fit_is_refused_and_the_rest_goes_on(gpu: Gpu) -> None:
-    too_much = gpu.memory().total_bytes + (1 << 20)
+    too_much = 16 * gpu.memory().total_bytes  # Windows lends the GPU some of the host's
     with pytest.raises(GpuMemoryError, match=rf"{too_much >> 20} MiB were asked of .*MiB free"):
         gpu.alloc(too_much)
     bench, sent = Bench(gpu), plane((4, 4), np.uint8)
@@ -295,60 +292,3 @@ def test_two_gpus_of_one_thread_share_the_context(gpu: Gpu) -> None:
         address = second.alloc(100)
         second.free(address)
     assert gpu.memory().free_bytes > 0
-
-
-@pytest.mark.parametrize("seam", SEAMS)
-def test_a_gpu_that_is_not_there(
-    machine: str, seam: engine.gpu.Seam, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(NoGpuError, match=r"there is no GPU 99; this machine has 0: \w+"):
-        open_gpu(99, seam)
-    monkeypatch.setattr(engine.gpu, "OLDEST", (99, 0))
-    with pytest.raises(NoGpuError, match=r"has compute capability \d+\.\d; Refocus needs 99\.0"):
-        open_gpu(0, seam)
-
-
-def python(code: str) -> str:
-    """What a fresh process, that has loaded no driver, prints."""
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout
-
-
-def test_nothing_is_loaded_before_a_gpu_is_opened() -> None:
-    loaded = python("import engine, engine.gpu, engine.gpu.convert, sys; print(*sys.modules)")
-    assert {"pycuda", "cuda"}.isdisjoint(loaded.split())
-
-
-WITHOUT = """
-import ctypes, sys
-from engine.gpu import LIBRARY, NoGpuError, open_gpu
-for name in {missing}:
-    sys.modules[name] = None
-try:
-    ctypes.CDLL(LIBRARY)
-    print("has a driver")
-except OSError:
-    try:
-        open_gpu()
-    except NoGpuError as error:
-        print(error)
-"""
-
-
-def test_without_a_driver_it_says_what_to_install() -> None:
-    said = python(WITHOUT.format(missing=[]))
-    if said.startswith("has a driver"):
-        pytest.skip("this machine has NVIDIA's driver")
-    assert said.startswith("no way to an NVIDIA GPU: pycuda ")
-    assert f"finds no NVIDIA driver ({engine.gpu.LIBRARY}): install NVIDIA's display driver" in said
-    assert 'pip install "refocus[rtx]"' in said
-
-
-def test_without_a_binding_it_says_what_to_install() -> None:
-    said = python(WITHOUT.format(missing=["pycuda", "cuda"]))
-    if said.startswith("has a driver"):
-        pytest.skip("this machine has NVIDIA's driver")
-    assert "pycuda is not installed" in said
-    assert "cuda-bindings is not installed" in said
-    assert 'pip install "refocus[rtx]"' in said

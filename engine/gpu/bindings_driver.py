@@ -41,9 +41,7 @@ class Bindings:
         try:
             (result,) = cuda.cuInit(0)
         except RuntimeError as error:
-            raise NoGpuError(
-                f"{self.name} finds no NVIDIA driver ({LIBRARY}): install NVIDIA's display driver"
-            ) from error
+            raise NoGpuError(f"{self.name} finds no NVIDIA driver ({LIBRARY})") from error
         if result != OK:
             raise NoGpuError(f"NVIDIA's driver finds no GPU that it can use: {_words(result)}")
 

@@ -88,7 +88,13 @@ class Gpu:
         *write_combined* memory is faster to copy from and very slow for the CPU to read.
         """
         with self._calls() as driver:
-            array = driver.pin(nbytes, write_combined)
+            try:
+                array = driver.pin(nbytes, write_combined)
+            except GpuMemoryError as error:
+                raise GpuMemoryError(
+                    f"{nbytes / 2**20:.0f} MiB of the host's memory cannot be pinned; "
+                    "close what else uses memory, or refocus smaller planes"
+                ) from error
         self._own("pinned memory", array.ctypes.data, nbytes)
         return array
 

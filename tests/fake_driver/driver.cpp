@@ -34,7 +34,6 @@ API cuGetErrorString(int code, const char** text) {
     const auto found = TEXTS.find(code);
     return *text = found == TEXTS.end() ? "another error" : found->second, OK;
 }
-API cuGetErrorName(int, const char** text) { return *text = "CUDA_ERROR", OK; }
 API cuDeviceGetCount(int* count) {
     ENTER_ANYWHERE();
     return *count = 1, OK;
@@ -83,18 +82,10 @@ API cuCtxPushCurrent_v2(const void* context) {
     return OK;
 }
 API cuCtxPopCurrent_v2(const void** context) {
-    ENTER_ANYWHERE();
+    const int code = enter(__func__, false);
     if (!current().depth) return INVALID_CONTEXT;
     current().depth--, machine.pushed--;
-    return *context = &DEVICE_CONTEXT, OK;
-}
-API cuCtxGetCurrent(const void** context) {
-    ENTER_ANYWHERE();
-    return *context = current().depth ? &DEVICE_CONTEXT : nullptr, OK;
-}
-API cuCtxGetDevice(int* device) {
-    ENTER();
-    return *device = 0, OK;
+    return *context = &DEVICE_CONTEXT, code;
 }
 
 // --- memory
@@ -120,6 +111,7 @@ API cuMemHostAlloc(Address* address, size_t size, unsigned) {
     ENTER();
     NOT_IN_CAPTURE();
     if (!size) return INVALID_VALUE;
+    if (machine.pinned.used() + size > machine.total) return OUT_OF_MEMORY;
     return *address = machine.pinned.take(size), OK;
 }
 API cuMemFreeHost(Address address) {
@@ -168,22 +160,6 @@ API cuStreamSynchronize(Handle handle) {
     FIND(Stream, stream, streams, handle);
     while (step(*stream)) {
     }
-    return machine.broken;
-}
-API cuStreamQuery(Handle handle) {
-    ENTER();
-    NOT_IN_CAPTURE();
-    FIND(Stream, stream, streams, handle);
-    step(*stream);
-    if (machine.broken) return machine.broken;
-    return stream->queue.empty() ? OK : NOT_READY;
-}
-API cuCtxSynchronize() {
-    ENTER();
-    NOT_IN_CAPTURE();
-    for (auto& one : machine.streams)
-        while (step(*one.second)) {
-        }
     return machine.broken;
 }
 API cuEventCreate(Handle* event, unsigned) {
