@@ -125,7 +125,9 @@ class Context:
 
     def is_capturable(self, stream: int) -> bool:
         """Whether a graph may be captured; RTX refuses while kernels are still being compiled."""
-        return not self._toolkit.is_rtx or bool(self._context.is_stream_capturable(stream))
+        if self._toolkit.is_rtx:
+            return bool(self._context.is_stream_capturable(stream))
+        return True
 
     def close(self) -> None:
         self._context = None
