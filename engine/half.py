@@ -7,7 +7,8 @@ way, a graph that
 - takes and gives float32, so that the way around the network keeps camera counts exactly;
 - does what is heavy (HEAVY), and the light steps around and between (LIGHT), in FP16;
 - keeps float32 for everything not on these two lists, normalisation first: the variance of a nearly
-  flat frame vanishes in FP16, and a sum of squares overflows;
+  flat frame vanishes in FP16, and a sum of squares overflows; also where it is written out, as
+  means, a difference and a division;
 - keeps float32 for what lies between the last convolution and the output, above all the sum with
   the input: FP16 has 11 bits, a camera 16;
 - keeps float32 for a step whose weights FP16 cannot hold: not finite, above 65504, or so small that
@@ -132,7 +133,8 @@ class _Rewriter:
         """
         nodes = list(self.graph.node)
         last = _after_the_last_heavy(self.graph, self.types)
-        able = {k for k, node in enumerate(nodes) if k not in last and self.able(node)}
+        float32 = last | _around_statistics(self.graph, self.types)
+        able = {k for k, node in enumerate(nodes) if k not in float32 and self.able(node)}
         makers = {name: k for k in able for name in nodes[k].output}
         users = defaultdict(list)
         for k in able:
@@ -273,6 +275,20 @@ def _after_the_last_heavy(graph: GraphProto, types: dict[str, int]) -> set[int]:
         if graph.node[k].op_type not in HEAVY:
             found.add(k)
             waiting.extend(graph.node[k].input)
+    return found
+
+
+def _around_statistics(graph: GraphProto, types: dict[str, int]) -> set[int]:
+    """Indices of the light nodes between a mean or sum and the division that uses it."""
+    found: set[int] = set()
+    statistics: set[str] = set()
+    for k, node in enumerate(graph.node):
+        floats = {name for name in node.output if types.get(name) == TensorProto.FLOAT}
+        if node.op_type.startswith("Reduce"):
+            statistics |= floats
+        elif node.op_type not in HEAVY and not statistics.isdisjoint(node.input):
+            found.add(k)
+            statistics |= floats if node.op_type != "Div" else set()
     return found
 
 
