@@ -123,6 +123,9 @@ class _Context:
             half = self._input.half().contiguous(memory_format=torch.channels_last)
             self._output.copy_(self._network(half))
 
+    def is_capturable(self, stream: int) -> bool:
+        return True
+
     def close(self) -> None:
         self._network = None
 
