@@ -44,7 +44,9 @@ class SharedPixels:
 
     def offer(self, epoch: str, nbytes: int) -> wire.Offer | None:
         """What the worker has to be told of first: memory for planes of *nbytes*, made just now."""
-        if not self._wanted or (self._slots and nbytes <= self._slots.arena.slot_bytes):
+        if not self._wanted or nbytes > wire.MAX_PIXEL_BYTES:
+            return None
+        if self._slots and nbytes <= self._slots.arena.slot_bytes:
             return None
         self.close()
         try:
@@ -73,6 +75,8 @@ class SharedPixels:
         """Write a frame into a slot and return its number; None: it has to go in the message."""
         slots = self._slots
         if slots is None or not slots.is_open or not slots.free:
+            return None
+        if pixels.nbytes > slots.arena.slot_bytes:
             return None
         slot = slots.free.popleft()
         self._given[seq] = slots, slot

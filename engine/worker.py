@@ -35,6 +35,9 @@ from refocus import keys, wire
 from refocus.errors import RefocusError, RefusedError, RejectedError, WireError
 from refocus.frame import Pixels
 
+MOST_REASON = 2000
+"""Characters of a FAULT's reason: a compiler's whole log does not fit through the wire."""
+
 
 def main(
     argv: Sequence[str] | None = None,
@@ -208,7 +211,7 @@ class _Worker:
             self._uplink.say_goodbye()
 
     def _fault(self, job: wire.Job, reason: str, *, rejected: bool = False) -> None:
-        seq = job.frame.seq
+        seq, reason = job.frame.seq, reason[:MOST_REASON]
         self._uplink.send(wire.Fault(epoch=job.epoch, seq=seq, reason=reason, rejected=rejected))
 
 
