@@ -147,6 +147,15 @@ def test_kernels_that_the_driver_refuses_leave_nothing(seam: Seam) -> None:
     assert fake_driver.alive() == {}
 
 
+def test_a_function_that_the_driver_does_not_have() -> None:
+    pytest.importorskip("cuda.bindings")
+    from engine.gpu import bindings_driver
+
+    lacking = pytest.raises(GpuError, match=r"cuGreenCtxDestroy.*; update it")
+    with fake_driver.plugged_in(), open_gpu(0, "cuda-bindings"), lacking:
+        bindings_driver._call(bindings_driver.cuda.cuGreenCtxDestroy, 0)
+
+
 def test_memory_is_short_while_it_is_short(seam: Seam) -> None:
     fake_driver.set_memory(10 << 20)
     with open_gpu(0, seam) as gpu:

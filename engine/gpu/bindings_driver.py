@@ -184,7 +184,10 @@ class Bindings:
 
 def _call(function: Callable[..., Any], *arguments: Any) -> Any:
     """The answer of a call: None, a value, or a tuple of values."""
-    result, *values = function(*arguments)
+    try:
+        result, *values = function(*arguments)
+    except RuntimeError as error:  # a function that an old driver does not have
+        raise GpuError(f"NVIDIA's driver: {error}; update it") from error
     if result != OK:
         raise _error(function.__name__, result)
     return values[0] if len(values) == 1 else tuple(values) or None

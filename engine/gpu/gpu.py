@@ -215,8 +215,14 @@ class Gpu:
             return
         with self._calls():
             self._closed = True
-        # Run from the last to the first, each of them whatever the others did.
-        with contextlib.suppress(*[GpuError] * self._broken), contextlib.ExitStack() as left:
+        try:
+            self._release_all()
+        except GpuError:
+            if not self._broken:
+                raise
+
+    def _release_all(self) -> None:
+        with contextlib.ExitStack() as left:  # the last first, each whatever the others did
             left.push(self._taken)
             for kind, owned in reversed(self._owned.items()):
                 for handle in owned:
@@ -226,6 +232,7 @@ class Gpu:
 
     @contextlib.contextmanager
     def _calls(self) -> Iterator[Driver]:
+        """The driver, for our thread, while we are open; notes what breaks the context."""
         if threading.get_ident() != self._thread:
             raise GpuError(
                 f"{self.device.name} belongs to the thread that opened it, and thread "
@@ -246,9 +253,9 @@ class Gpu:
         return handle
 
     def _release(self, kind: str, handle: int) -> None:
+        if handle not in self._owned[kind]:
+            raise GpuError(f"{handle:#x} is not among the {kind} of this GPU, or not any more")
         with self._calls():
-            if handle not in self._owned[kind]:
-                raise GpuError(f"{handle:#x} is not among the {kind} of this GPU, or not any more")
             self._drop(kind, handle)
 
     def _drop(self, kind: str, handle: int) -> None:
@@ -256,6 +263,7 @@ class Gpu:
         self._drops[kind](handle)
 
     def _check_copy(self, array: npt.NDArray[Any], address: int) -> None:
+        """Refuse what the design note says a copy must not do."""
         if not array.flags.c_contiguous:
             raise GpuError(f"an array of {array.shape} to copy is not C-contiguous")
         for kind, start in (("pinned memory", array.ctypes.data), ("device memory", address)):
