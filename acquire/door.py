@@ -9,10 +9,17 @@ recorder, and the recorder that it talks to a worker whose key is in its key set
 ZeroMQ asks a ZAP handler about every key: a socket here, answered by the link's own thread. Without
 an answer nobody gets in. A key set is looked at again every second, so that a right which was
 given, or taken away, needs no new start.
+
+ZeroMQ accepts any number of connections, and each takes a file of this process, of which the
+writer of raw needs some: strangers that hold 1000 connections would end a recording. So whoever
+comes when there are MOST_CONNECTIONS is cut off, and who shows no key is, too, after a while.
 """
 
+import contextlib
 import logging
+import os
 import secrets
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +27,7 @@ from typing import NamedTuple
 
 import zmq
 from zmq.utils import z85
+from zmq.utils.monitor import parse_monitor_message
 
 from refocus import keys
 
@@ -27,9 +35,14 @@ log = logging.getLogger(__name__)
 
 ZAP = "inproc://zeromq.zap.01"
 """Where ZeroMQ asks whether a key may come in (ZMQ RFC 27)."""
+COMINGS = "inproc://refocus-comings"
 DOMAIN = b"refocus"
 HANDSHAKE_MS = 2000
 """Who has not shown a key by then is disconnected."""
+MOST_CONNECTIONS = 128
+"""Two a worker; a process on Linux may usually open 1024 files."""
+MOST_EVENTS = 256
+"""Comings and goings counted in a row before the link looks at anything else."""
 LOOK_AGAIN_NS = 1_000_000_000
 MOST_REFUSALS_TOLD = 64
 
@@ -58,6 +71,8 @@ class Door:
         self._folder = outside.keys
         self._allowed: dict[str, str] = {}
         self._looked_ns = 0
+        self._port = 0
+        self._connected: set[int] = set()
         self._refused: set[str] = set()
         # Proves that it was we who let a connection in: a peer could claim any User-Id that it
         # knows, where nobody is asked (the private endpoint).
@@ -71,8 +86,12 @@ class Door:
         router.zap_domain = DOMAIN
         router.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # no handler, no entry
         router.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+        self._router = router
+        self.comings = _monitor(context, router)
+        """Readable when a connection has come or gone: to be `count`ed then."""
         try:
             router.bind(outside.address)
+            self._port = int(router.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
         except zmq.ZMQError as error:
             on_trouble(
                 f"no workers on other hosts: [link] address {outside.address} cannot be opened "
@@ -92,6 +111,20 @@ class Door:
         user = f"{self._mark} {name}".encode()
         self.zap.send_multipart([version, request, b"200", b"", user, b""])
 
+    def count(self) -> None:
+        """Notes who came and went, and cuts off those who are too many."""
+        for _ in range(MOST_EVENTS):
+            if not self.comings.poll(0):
+                return
+            event = parse_monitor_message(self.comings.recv_multipart())
+            connection = event["value"]
+            if event["event"] == zmq.EVENT_DISCONNECTED:
+                self._connected.discard(connection)
+                continue
+            self._connected.add(connection)
+            if len(self._connected) > MOST_CONNECTIONS:
+                self._cut_off(connection)
+
     def worker(self, part: zmq.Frame) -> str:
         """Name of the worker on another host that sent *part*; empty: it came from this one."""
         try:
@@ -106,7 +139,22 @@ class Door:
 
     def close(self) -> None:
         """Nobody is let in any more."""
+        self._router.disable_monitor()
+        self.comings.close(0)
         self.zap.close(0)
+
+    def _cut_off(self, descriptor: int) -> None:
+        if os.name != "posix":
+            return  # handles are plenty there, and cannot be looked at safely
+        # ZeroMQ may have closed it meanwhile, and anything may have got its number: a duplicate
+        # stays what it is, and only a connection to our own port is shut.
+        with (
+            contextlib.suppress(OSError),
+            socket.socket(fileno=os.dup(descriptor)) as connection,
+        ):
+            of_network = connection.family in (socket.AF_INET, socket.AF_INET6)
+            if of_network and connection.getsockname()[1] == self._port:
+                connection.shutdown(socket.SHUT_RDWR)
 
     def _names(self) -> dict[str, str]:
         now_ns = time.monotonic_ns()
@@ -124,3 +172,14 @@ class Door:
             address,
             self._folder / keys.WORKERS,
         )
+
+
+def _monitor(
+    context: "zmq.Context[zmq.Socket[bytes]]", router: "zmq.Socket[bytes]"
+) -> "zmq.Socket[bytes]":
+    router.monitor(COMINGS, zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+    monitor = context.socket(zmq.PAIR)
+    monitor.linger = 0
+    monitor.rcvhwm = 0  # ZeroMQ's own thread would wait for room
+    monitor.connect(COMINGS)
+    return monitor

@@ -48,6 +48,7 @@ class Router:
         self._poller.register(self._bell, zmq.POLLIN)
         if self._door is not None:
             self._poller.register(self._door.zap, zmq.POLLIN)
+            self._poller.register(self._door.comings, zmq.POLLIN)
 
     def wake(self) -> None:
         """Any thread. `wait` returns."""
@@ -61,6 +62,8 @@ class Router:
             self._bell.recv(4096)
         if self._door is not None and self._door.zap in ready:
             self._door.answer()
+        if self._door is not None and self._door.comings in ready:
+            self._door.count()
 
     def receive(self) -> list[zmq.Frame] | None:
         """The parts of the next message, the sender's identity first; None: there is none."""

@@ -26,7 +26,7 @@ from pathlib import Path
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from engine import package
+from engine import model_store
 from refocus import keys
 from refocus.errors import RefusedError, SettingsError
 from refocus.settings import Settings
@@ -73,7 +73,7 @@ def check(service: Service) -> None:
     if service.settings.engine.runtime == "none":
         raise SettingsError("a worker with engine none has nothing to do; choose another engine")
     keys.read_worker(service.key_file)
-    package.find(service.settings.engine.generator)
+    model_store.find(service.settings.engine.generator)
 
 
 def serve(service: Service, stop: threading.Event, say: Callable[[str], None]) -> None:
@@ -187,7 +187,7 @@ def _arguments(service: Service) -> list[str]:
         *("--address", service.address),
         *("--keys", str(service.key_file)),
         # Looked up for every life: another generator may have been put to use meanwhile.
-        *("--model", str(package.find(settings.engine.generator))),
+        *("--model", str(model_store.find(settings.engine.generator))),
         *("--runtime", settings.engine.runtime),
         *("--threads", str(settings.engine.threads)),
         *("--device", str(service.device)),
