@@ -91,8 +91,8 @@ def to_half(generator: bytes) -> bytes:
         onnx.checker.check_model(model, full_check=True)
     except Exception as error:  # protobuf, checker and inference share no root
         raise PackageError(
-            f"the generator cannot be brought to FP16: {str(error).strip()}; it must be a valid "
-            "ONNX file, as engine/to_onnx.py writes it"
+            f"the generator cannot be brought to FP16: {' '.join(str(error).split())}; it must "
+            "be a valid ONNX file, as engine/to_onnx.py writes it"
         ) from error
     return bytes(model.SerializeToString())
 

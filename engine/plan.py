@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from engine.half import to_half
-from engine.tiles import SMALLEST_PX, padded_shape
+from engine.tiles import SMALLEST_PX
 from refocus.errors import PackageError, SettingsError
 
 RECIPE = 1
@@ -95,11 +95,10 @@ def open_toolkit(wanted: ToolkitName | None = None) -> Toolkit:
 def profile_for(shape: tuple[int, int], stride: int) -> Profile:
     """Profile for frames of *shape* (y, x) px: the square of the next power of two, 512 to 8192.
 
-    *stride*: of the generator; every side of the profile is a multiple of it.
+    *stride*: of the generator; sides are rounded up to a multiple of it.
     """
-    padded = max(padded_shape(shape, stride))
     smallest, largest = SQUARES_PX
-    square = min(max(smallest, 1 << (padded - 1).bit_length()), largest)
+    square = min(max(smallest, 1 << (max(shape) - 1).bit_length()), largest)
     least, most = _up(SMALLEST_PX, stride), _up(square, stride)
     return Profile((least, least), (most, most), (most, most))
 

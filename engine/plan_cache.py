@@ -128,7 +128,7 @@ def _label(package: Package, toolkit: Toolkit, device: "Device | None", profile:
     gpu, driver = "any GPU from Ampere on", "any driver"
     if device is not None:
         capability = ".".join(map(str, device.capability))
-        gpu, driver = f"{device.name} (compute capability {capability})", f"driver {device.driver}"
+        gpu, driver = f"{device.name} (compute capability {capability})", device.driver
     least, best, most = (f"{y} x {x}" for y, x in (profile.least, profile.best, profile.most))
     return _Label(
         onnx=hashlib.sha256(package.generator).hexdigest(),

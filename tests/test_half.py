@@ -1,7 +1,5 @@
 """The FP16 twin: the same answers to 50 dB and better, at any brightness a camera knows."""
 
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,13 +12,12 @@ from onnx.reference.ops.op_conv import Conv
 
 from engine import half
 from engine.gate import LEAST_PSNR_DB
-from engine.generators import build
 from engine.half import HEADROOM, HEAVY, to_half
 from engine.package import Package, find, load, read_golden
 from engine.scaling import to_counts, to_network
-from engine.to_onnx import export
 from refocus.errors import PackageError
 from tests import identity_package
+from tests.small_networks import SAME, network, random, styled
 
 Planes = npt.NDArray[np.float32]
 
@@ -64,41 +61,6 @@ def kinds(generator: bytes) -> dict[str, int]:
 def nodes(generator: bytes, *operators: str) -> list[onnx.NodeProto]:
     graph = onnx.load_from_string(generator).graph
     return [node for node in graph.node if node.op_type in operators]
-
-
-def network(
-    nodes: list[tuple[str, list[str], str, dict[str, Any]]],
-    weights: dict[str, npt.ArrayLike],
-    opset: int = 20,
-) -> bytes:
-    """ONNX file from `raw` to `refocused`, (n, 1, height, width)."""
-    shape = ["n", 1, "height", "width"]
-    graph = helper.make_graph(
-        [helper.make_node(op, given, [name], **how) for op, given, name, how in nodes],
-        "generator",
-        [helper.make_tensor_value_info("raw", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("refocused", TensorProto.FLOAT, shape)],
-        [numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()],
-    )
-    opsets = [helper.make_opsetid("", opset)]
-    return bytes(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
-
-
-def random(*shape: int) -> Planes:
-    rng = np.random.default_rng(sum(shape))
-    return (rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
-
-
-SAME = {"pads": [1, 1, 1, 1]}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_progress_thread() -> Iterator[None]:
-    """torch.fx opens progress bars even where none is shown; tqdm keeps a thread for them."""
-    with pytest.MonkeyPatch.context() as patch:
-        if "tqdm" in sys.modules:
-            patch.setattr("tqdm.tqdm.monitor_interval", 0)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -154,45 +116,12 @@ def test_faint_pictures_survive_the_headroom(shipped: Package) -> None:
 
 
 @pytest.fixture(scope="module")
-def styled() -> bytes:
-    """All that residual style networks are made of."""
-    ones, zeros = np.ones(4, np.float32), np.zeros(4, np.float32)
-    norm = ["gain", "shift"]
-    return network(
-        [
-            ("Pad", ["raw", "pad"], "padded", {"mode": "reflect"}),
-            ("Conv", ["padded", "w1", "b1"], "c1", {}),
-            ("InstanceNormalization", ["c1", *norm], "n1", {}),
-            ("Relu", ["n1"], "r1", {}),
-            ("Conv", ["r1", "w2"], "c2", {"strides": [2, 2], **SAME}),
-            ("InstanceNormalization", ["c2", *norm], "n2", {}),
-            ("Relu", ["n2"], "r2", {}),
-            ("Resize", ["r2", "", "twice"], "big", {"mode": "nearest"}),
-            ("Conv", ["big", "w2"], "c3", SAME),
-            ("Relu", ["c3"], "r3", {}),
-            ("Conv", ["r3", "w2"], "c4", {"strides": [2, 2], **SAME}),
-            ("ConvTranspose", ["c4", "w3"], "up", {"strides": [2, 2]}),
-            ("Relu", ["up"], "r4", {}),
-            ("Conv", ["r4", "w4"], "c5", SAME),
-            ("Tanh", ["c5"], "bounded", {}),
-            ("Add", ["raw", "bounded"], "refocused", {}),
-        ],
-        {
-            "pad": np.array([0, 0, 3, 3, 0, 0, 3, 3]),
-            "twice": np.array([1, 1, 2, 2], np.float32),
-            "w1": random(4, 1, 7, 7),
-            "b1": random(4),
-            "w2": random(4, 4, 3, 3),
-            "w3": random(4, 4, 2, 2),
-            "w4": random(1, 4, 3, 3),
-            "gain": ones,
-            "shift": zeros,
-        },
-    )
+def style() -> bytes:
+    return styled()
 
 
-def test_normalisation_stays_float32(styled: bytes) -> None:
-    twin = to_half(styled)
+def test_normalisation_stays_float32(style: bytes) -> None:
+    twin = to_half(style)
     types = kinds(twin)
     for node in nodes(twin, "InstanceNormalization", "Tanh"):
         assert {types[name] for name in (*node.input, *node.output)} == {TensorProto.FLOAT}
@@ -202,7 +131,7 @@ def test_normalisation_stays_float32(styled: bytes) -> None:
     assert len(nodes(twin, "Cast")) == 1 + 2 * 2 + 1
     planes = np.random.default_rng(1).normal(0, 1, (2, 1, 32, 48)).astype(np.float32)
     planes[0, 0, 8:12, 8:12] += 500
-    assert psnr_db(answer(twin, planes), answer(styled, planes)) > 60
+    assert psnr_db(answer(twin, planes), answer(style, planes)) > 60
     assert np.isfinite(answer(twin, np.full((1, 1, 32, 32), 300, np.float32))).all()
 
 
@@ -351,14 +280,6 @@ def test_biases_and_slopes_scale_too() -> None:
 
 def kept_weights(generator: bytes) -> list[onnx.TensorProto]:
     return list(onnx.load_from_string(generator).graph.initializer)
-
-
-def test_a_residual_network_from_pytorch() -> None:
-    generator = export(build("resnet9", {"width": 4, "blocks": 1}))
-    twin = to_half(generator)
-    assert {node.op_type for node in nodes(twin, "InstanceNormalization")}
-    planes = np.random.default_rng(1).normal(0, 1, (1, 1, 32, 32)).astype(np.float32)
-    assert psnr_db(answer(twin, planes), answer(generator, planes)) > 60
 
 
 @pytest.mark.parametrize("rubbish", [b"", b"abc", b"\x08\x0a" * 20])
