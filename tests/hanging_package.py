@@ -45,4 +45,4 @@ def make(folder: Path) -> Package:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     weights = np.zeros((1, 1, 3, 3), np.float32)
     generator = bytes(model.SerializeToString())
-    return identity_package.write_package(folder, generator, weights, "hanging", 16, 16)
+    return identity_package.write_package(folder, generator, weights, "hanging", 16, 16, ends=False)

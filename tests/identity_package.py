@@ -42,7 +42,7 @@ def make(
     name: str = "identity",
     answer: Answer = "identity",
     stride: int = 16,
-    halo_px: int = 16,
+    halo_px: int | None = 16,
     pixel_um: tuple[float, float] = (0.05, 2.0),
 ) -> Package:
     """Write a package at *folder* whose network gives *answer*, and return it."""
@@ -65,10 +65,11 @@ def write_package(
     weights: npt.NDArray[np.float32],
     name: str,
     stride: int,
-    halo_px: int,
+    halo_px: int | None,
     pixel_um: tuple[float, float] = (0.05, 2.0),
+    ends: bool = True,
 ) -> Package:
-    """Write a package at *folder* around the ONNX file *generator*."""
+    """Write a package at *folder* around the ONNX file *generator*; *ends*: it gives an answer."""
     manifest = Manifest(
         name=name,
         version="0",
@@ -83,7 +84,9 @@ def write_package(
         created="2026-01-01T00:00:00Z",
     )
     plane = np.random.default_rng(0).integers(0, 4096, (96, 96), dtype=np.uint16)
-    golden = encode_golden([Golden(plane, GOLDEN_SCALING, _answer(generator, plane))])
+    golden = encode_golden(
+        [Golden(plane, GOLDEN_SCALING, _answer(generator, plane) if ends else plane)]
+    )
     files = {WEIGHTS: save({"weight": weights}), ONNX: generator, GOLDEN: golden}
     return write(folder, manifest, files)
 
