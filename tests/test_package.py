@@ -61,6 +61,11 @@ def test_weights_in_another_file_are_refused(shipped: Package, tmp_path: Path) -
         package.load(shipped.folder)
 
 
+def test_a_generator_may_look_at_the_whole_plane(tmp_path: Path) -> None:
+    whole = identity_package.make(tmp_path / "whole", halo_px=None)
+    assert package.load(whole.folder).manifest.halo_px is None
+
+
 def test_the_hash_names_every_byte(shipped: Package) -> None:
     edit(shipped.folder, version="1")
     assert package.load(shipped.folder).hash != shipped.hash

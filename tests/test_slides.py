@@ -117,6 +117,20 @@ def test_too_small_a_halo_would_show(
     assert np.abs(tiles.astype(float) - whole).max() > 0.02 * np.ptp(whole)
 
 
+def test_what_looks_at_the_whole_plane_gets_whole_planes_only(
+    tmp_path: Path, runtime: OpenVino, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = identity_package.make(tmp_path / "whole", halo_px=None)
+    pixels = RNG.integers(100, 4000, (120, 150), dtype=np.uint16)
+    tifffile.imwrite(tmp_path / "in.tif", pixels)
+    refocus_file(tmp_path / "in.tif", tmp_path / "out.tif", package, runtime)
+    np.testing.assert_array_equal(tifffile.imread(tmp_path / "out.tif"), pixels)
+    monkeypatch.setattr(apply, "WHOLE_PX", 100**2)
+    with pytest.raises(RejectedError, match=r"150 x 120 px is too large .* cannot work in tiles"):
+        refocus_file(tmp_path / "in.tif", tmp_path / "tiles.tif", package, runtime)
+    assert not (tmp_path / "tiles.tif").exists()
+
+
 def test_bands_fit_whatever_tiles_the_source_has(
     tmp_path: Path, packages: dict[str, Package], runtime: OpenVino, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,8 @@ microscopic images by deep learning"; their code is jiangdat/COMI on GitHub.
 
 A plane is folded to a quarter of its sides by two strided convolutions, changed by nine residual
 blocks, unfolded again, and added to the input: 11.37 million parameters, 0.74 million
-multiplications a pixel. It is for small frames or a large GPU (docs/generators.md).
+multiplications a pixel (0.85 with `resize`). It is for small frames or a large GPU
+(docs/generators.md).
 
 The paper describes it in two sentences; the released code (deblur.py) differs from them. Each
 difference is an argument:
