@@ -19,18 +19,13 @@ import numpy.typing as npt
 
 from engine.checks import check_answer
 from engine.gpu import Gpu
+from engine.gpu.convert import PARAMS_BYTES, STATS, Converter, level, params
 from engine.runtimes import Refocused
 from engine.scaling import Scaling
 from refocus.errors import EngineError
 from refocus.frame import Pixels
 
-PARAMS_BYTES = 12
-STATS_BYTES = 16
-THREADS = 256
-MOST_ROWS = 128
-"""Rows of blocks; the kernels stride over the rest. 1024 blocks at 2048² fill the largest GPU."""
-
-KERNELS = {np.dtype(np.uint8): "u8", np.dtype(np.uint16): "u16"}
+DTYPES = (np.dtype(np.uint8), np.dtype(np.uint16))
 
 
 class Network(Protocol):
@@ -82,10 +77,10 @@ class Slot:
         self._host_raw = self._pin(counts_bytes, write_combined=True)
         self._host_params = self._pin(PARAMS_BYTES)
         self._host_counts = self._pin(counts_bytes)
-        self._host_stats = self._pin(STATS_BYTES)
+        self._host_stats = self._pin(STATS.itemsize)
         self._counts = self._alloc(counts_bytes)  # raw on the way in, refocused on the way out
         self._params = self._alloc(PARAMS_BYTES)
-        self._stats = self._alloc(STATS_BYTES)
+        self._stats = self._alloc(STATS.itemsize)
         self._values = self._alloc(values_bytes)
         self._answer = self._alloc(values_bytes)
         self._network.bind(
@@ -102,7 +97,7 @@ class Slot:
         if self._raw is not None:  # nobody wanted its answer; the GPU may still be reading
             self._gpu.wait(self._done)
         self._view(self._host_raw, pixels.dtype)[:] = pixels
-        self._host_params.view(np.float32)[:] = scaling.offset, scaling.scale, 1.0 / scaling.scale
+        self._host_params.view(np.float32)[:] = params(scaling)
         if self._captures:
             self._gpu.replay(self._graph(pixels.dtype), self._stream)
         else:
@@ -119,10 +114,10 @@ class Slot:
         if raw is None:
             raise EngineError("no plane was started in this slot")
         self._gpu.wait(self._done)
-        clipped, broken, *extremes = (int(v) for v in self._host_stats.view(np.int32))
-        lowest, highest = (np.nan, np.nan) if broken else map(_float_of, extremes)
-        check_answer(raw, lowest, highest)
-        return Refocused(self._view(self._host_counts, raw.dtype), clipped)
+        stats = self._host_stats.view(STATS)[0]
+        extremes = [level(int(stats[which])) for which in ("lowest", "highest")]
+        check_answer(raw, *([np.nan, np.nan] if stats["nonfinite"] else extremes))
+        return Refocused(self._view(self._host_counts, raw.dtype), int(stats["clipped"]))
 
     def run_network(self) -> None:
         """The network alone on what lies there, waited for."""
@@ -149,28 +144,14 @@ class Slot:
         return self._graphs[dtype]
 
     def _enqueue(self, dtype: np.dtype[np.generic]) -> None:
-        gpu, stream, kind = self._gpu, self._stream, KERNELS[dtype]
-        (height, width), (padded_height, padded_width) = self._shape, self._padded
-        sides: list[np.generic] = [np.int32(height), np.int32(width)]
-        counts, values = np.uint64(self._counts), np.uint64(self._values)
-        params, stats = np.uint64(self._params), np.uint64(self._stats)
+        gpu, stream, convert = self._gpu, self._stream, Converter(self._gpu, dtype)
+        sides = self._shape, self._padded
         gpu.copy_in(self._params, self._host_params, stream)
         gpu.copy_in(self._counts, self._view(self._host_raw, dtype), stream)
-        gpu.launch(gpu.kernel("reset_stats"), (1, 1), 1, [stats], stream)
-        arguments = [
-            counts,
-            values,
-            *sides,
-            np.int32(padded_height),
-            np.int32(padded_width),
-            params,
-        ]
-        blocks = _blocks(self._padded)
-        gpu.launch(gpu.kernel(f"to_network_{kind}"), blocks, THREADS, arguments, stream)
+        convert.reset_stats(self._stats, stream)
+        convert.to_network(self._counts, self._values, *sides, self._params, stream)
         self._network.enqueue(stream)
-        arguments = [np.uint64(self._answer), counts, *sides, np.int32(padded_width), params, stats]
-        blocks = _blocks(self._shape)
-        gpu.launch(gpu.kernel(f"to_counts_{kind}"), blocks, THREADS, arguments, stream)
+        convert.to_counts(self._answer, self._counts, *sides, self._params, self._stats, stream)
         gpu.copy_out(self._host_stats, self._stats, stream)
         gpu.copy_out(self._view(self._host_counts, dtype), self._counts, stream)
 
@@ -192,15 +173,4 @@ class Slot:
 
 def _device_bytes(shape: tuple[int, int], padded: tuple[int, int]) -> int:
     values_bytes = 4 * padded[0] * padded[1]
-    return 2 * values_bytes + 2 * shape[0] * shape[1] + PARAMS_BYTES + STATS_BYTES
-
-
-def _blocks(shape: tuple[int, int]) -> tuple[int, int]:
-    """(x, y) blocks of THREADS for (y, x) pixels."""
-    return -(-shape[1] // THREADS), min(shape[0], MOST_ROWS)
-
-
-def _float_of(ordered: int) -> float:
-    """The float32 whose bits were turned into an int of the same order."""
-    bits = ordered if ordered >= 0 else ordered ^ 0x7FFFFFFF
-    return float(np.array(bits, np.int32).view(np.float32))
+    return 2 * values_bytes + 2 * shape[0] * shape[1] + PARAMS_BYTES + STATS.itemsize

@@ -29,7 +29,7 @@ from engine.plan import Profile, Toolkit, open_toolkit, profile_for, rtx_capabil
 from engine.plan_cache import ensure
 from engine.runtimes import Answer, Refocused
 from engine.runtimes.executable import Executable
-from engine.runtimes.slot import KERNELS, Slot
+from engine.runtimes.slot import DTYPES, Slot
 from engine.scaling import Scaling
 from engine.tiles import Span, padded_shape, spans
 from refocus.errors import EngineError, RejectedError, SettingsError
@@ -155,7 +155,7 @@ class TensorRt:
             self._loaded.clear()
 
     def _ready_for(self, pixels: Pixels) -> _Loaded:
-        if pixels.dtype not in KERNELS:
+        if pixels.dtype not in DTYPES:
             raise RejectedError(
                 f"pixels are {pixels.dtype}; only uint8 and uint16 are refocused "
                 "(float frames are kept raw)"
