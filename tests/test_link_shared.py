@@ -285,6 +285,28 @@ def test_planes_that_wait_for_the_disk_are_not_written_over(
         assert len(slots.free) == slots.arena.slots
 
 
+def test_a_thawed_worker_s_answer_in_shared_memory_is_late(branch: Callable[..., Branch]) -> None:
+    b = branch()
+    with guest_of(b) as guest:
+        memory = guest.take()
+        (job,) = guest.frames(1)
+        seq = job.frame.seq
+        b.drain(b.answered(seq))  # silent: given up
+        assert b.answers[seq][-1].outcome is RefocusOutcome.LOST
+        for slot in range(memory.slots):
+            memory.plane(slot, job.frame.shape, "uint16")[:] = 13
+        guest.answer(job, job.place)
+        b.drain(lambda: len(b.answers[seq]) == 2)
+        assert b.answers[seq][-1].outcome is RefocusOutcome.LATE
+        assert b.answers[seq][-1].plane is None
+        sent = [b.send() for _ in range(3)]
+        b.drain(b.answered(*sent))
+        for after in sent:
+            plane = b.answers[after][0].plane
+            assert plane is not None
+            assert not (plane.pixels == 13).all(), "its memory is nobody else's"
+
+
 def test_a_worker_that_cannot_open_the_memory_gets_messages(
     branch: Callable[..., Branch], caplog: pytest.LogCaptureFixture
 ) -> None:
