@@ -228,10 +228,14 @@ def start_engine(
         loaded, intake.no_engine = None, str(error)
         on_trouble(f"recording raw only until another generator is chosen: {error}")
     engine = EngineSide(settings, intake, run, expected_shape, on_trouble, scalings or {})
-    if loaded is not None:
-        engine.begin(loaded)
-    if follows:
-        engine.follow(seen)
+    try:
+        if loaded is not None:
+            engine.begin(loaded)
+        if follows:
+            engine.follow(seen)
+    except BaseException:
+        engine.close()
+        raise
     return engine
 
 

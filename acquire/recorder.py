@@ -8,13 +8,14 @@ Entering makes the run on disk, starts the writer's thread, the link and the wor
 little for the frames that the engine still has, gives it for a while those that it was too busy for
 (acquire/again.py), stops the worker, writes out every raw frame, seals the run, and raises RunError
 if a frame was lost. Whatever happens to the engine, raw frames land: without a usable model package
-or runtime the run is recorded raw only, and `trouble` says why.
+or runtime the run is recorded raw only, and `trouble` says why. Where the settings want the current
+generator, one that is chosen meanwhile takes over (acquire/succession.py).
 
 A run that does not fit onto the disk is refused on entering (DiskError), or stopped at its first
 frame where nobody knew the size before. Whatever else fills the disk meanwhile: at the reserve the
 acquisition is stopped, what came is written, and leaving raises DiskError.
 
-Threads: Micro-Manager's own (the hooks), intake, writer, link, supervisor.
+Threads: Micro-Manager's own (the hooks), intake, writer, link, succession, a supervisor a worker.
 """
 
 import contextlib

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from acquire.engine_side import EngineSide
 
 LOOK_S = 1.0
+CLOSE_S = 5.0
+"""A store on a network drive that hangs must not keep a run from being closed."""
 
 
 class Succession:
@@ -47,22 +49,22 @@ class Succession:
         self._deadline = 0.0
         self._leaving: list[Crew] = []
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="refocus-succession")
+        self._thread = threading.Thread(target=self._run, name="refocus-succession", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Crews that are getting ready, or leaving, stay to be closed with the engine."""
         self._stopping.set()
         self._engine.changed.set()
-        self._thread.join()
+        self._thread.join(CLOSE_S)
 
     def _run(self) -> None:
         while not self._stopping.is_set():
-            self._look()
             self._see_off()
             self._advance()
             self._engine.changed.wait(LOOK_S)
             self._engine.changed.clear()
+            self._look()
 
     def _look(self) -> None:
         stamp = model_store.stamp()

@@ -109,24 +109,27 @@ def stamp() -> tuple[int, ...]:
 def use(name_or_path: str | Path) -> Package:
     """Make this generator the current one; that of a folder is installed before.
 
-    Raises PackageError where it is not sound, OSError where the store cannot be written.
+    Raises PackageError where it is not sound, or the store cannot be written.
     """
     found = package.load(find(name_or_path))
     if found.folder.parent not in (SHIPPED, store_folder()):
-        found = _install(found)
+        with _writing():
+            found = _install(found)
     try:
         chosen = _read_pointer().chosen
     except PackageError:  # damaged: what was chosen before is gone anyway
         chosen = ()
     if chosen[-1:] != (found.folder.name,):
-        _write_pointer((*chosen, found.folder.name))
+        with _writing():
+            _write_pointer((*chosen, found.folder.name))
     return found
 
 
 def rollback() -> Package:
     """Make the generator that was current before this one current again.
 
-    Raises PackageError where there was none, or it is not sound any more.
+    Raises PackageError where there was none, it is not sound any more, or the store cannot be
+    written.
     """
     chosen = _read_pointer().chosen
     if not chosen:
@@ -135,7 +138,8 @@ def rollback() -> Package:
         )
     before = chosen[:-1]
     found = package.load(_folder(before[-1] if before else UNCHOSEN))
-    _write_pointer(before)
+    with _writing():
+        _write_pointer(before)
     return found
 
 
@@ -214,6 +218,14 @@ def _read_pointer() -> _Pointer:
             f"{CHOOSE}"
         )
     return pointer
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PackageError(f"{store_folder()} cannot be written: {error}") from error
 
 
 def _write_pointer(chosen: tuple[str, ...]) -> None:

@@ -99,6 +99,15 @@ def test_a_damaged_copy_is_made_again(negated: Package) -> None:
     assert package.load(installed).hash == negated.hash
 
 
+def test_a_store_that_cannot_be_written_is_a_plain_error(
+    negated: Package, own_store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own_store.parent.mkdir(parents=True)
+    own_store.write_text("a file where a folder must be")
+    assert main(["models", "use", str(negated.folder)]) == 2
+    assert str(own_store) in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b'{"format": 2}', b'{"chosen": ["gone-0-123"]}', b'{"x": 1}']
 )

@@ -54,13 +54,8 @@ def _list(arguments: argparse.Namespace) -> int:
 
 def _use(arguments: argparse.Namespace) -> int:
     from engine.model_store import use
-    from refocus.errors import SettingsError
 
-    try:
-        package = use(arguments.generator)
-    except OSError as error:
-        raise SettingsError(f"the generator cannot be installed: {error}") from error
-    print(_said(package))
+    print(_said(use(arguments.generator)))
     return 0
 
 
