@@ -113,6 +113,7 @@ def _spots(dtype: type[np.uint8] | type[np.uint16], side_px: int = 128) -> Pixel
     for _ in range(20):
         centre_y, centre_x, radius_px = *rng.uniform(0, side_px, 2), rng.uniform(2, 8)
         light += np.exp(-((y - centre_y) ** 2 + (x - centre_x) ** 2) / (2 * radius_px**2))
-    highest = np.iinfo(dtype).max
-    spots: Pixels = rng.poisson((0.3 + 0.3 * light / light.max()) * highest).astype(dtype)
+    full = 65_535
+    electrons = rng.poisson((0.45 + 0.15 * light / light.max()) * full)
+    spots: Pixels = (electrons * (np.iinfo(dtype).max / full)).astype(dtype)
     return spots
