@@ -43,7 +43,7 @@ POLL_MS = 50
 STOP_S = 3.0
 """How long a worker that was asked to stop may take before it is killed."""
 
-_ADDRESS = re.compile(r"tcp://(\[[0-9A-Fa-f:.%a-z]+\]|[0-9A-Za-z_.-]+):[0-9]{1,5}")
+_ADDRESS = re.compile(r"tcp://[0-9A-Za-z_.-]+:([0-9]{1,5})")
 _EVENTS = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -61,11 +61,14 @@ class Service:
     key_file: Path
     settings: Settings
     device: int
+    shape: tuple[int, int] | None
+    """Of frames (y, x) to get ready for before the first one."""
 
 
 def check(service: Service) -> None:
     """Raises SettingsError, PackageError for what no recorder can mend."""
-    if not _ADDRESS.fullmatch(service.address):
+    found = _ADDRESS.fullmatch(service.address)
+    if not found or not 0 < int(found[1]) < 2**16:
         raise SettingsError(
             f"--connect wants tcp://HOST:PORT, the recorder's computer and the port of its [link] "
             f"address, got {service.address!r}"
@@ -87,28 +90,30 @@ def serve(service: Service, stop: threading.Event, say: Callable[[str], None]) -
     while not stop.is_set():
         refusal = knock(service.address, keys.read_worker(service.key_file), stop)
         if refusal:
-            if refusal != told:
+            if refusal != told and not stop.is_set():
                 say(f"{refusal}; trying on")
             told = refusal
             stop.wait(KNOCK_AGAIN_S)
             continue
-        started = time.monotonic()
+        told = ""
         say(f"serving the recorder at {service.address}")
+        started = time.monotonic()
         code = _one_life(service, stop)
+        if time.monotonic() - started > LIVED_S:
+            pause_s = FIRST_PAUSE_S
         if stop.is_set():
             return
-        told = ""
         if code == SettingsError.exit_code:
             raise SettingsError("the worker cannot run here, for the reason above")
-        if code == RefusedError.exit_code:
+        if code == RefusedError.exit_code:  # which it has said itself
             stop.wait(REFUSED_PAUSE_S)
         elif code == 0:
             say("the recorder has no more frames, or is gone; waiting for the next one")
             stop.wait(FIRST_PAUSE_S)
         else:
-            pause_s = FIRST_PAUSE_S if time.monotonic() - started > LIVED_S else 2 * pause_s
-            say(f"the worker died (exit code {code}); it is started again")
-            stop.wait(min(pause_s, LONGEST_PAUSE_S))
+            say(f"the worker died (exit code {code}); it is started again in {pause_s:g} s")
+            stop.wait(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
 
 def knock(address: str, key: keys.WorkerKey, stop: threading.Event) -> str:
@@ -183,7 +188,9 @@ def _one_life(service: Service, stop: threading.Event) -> int:
 
 def _arguments(service: Service) -> list[str]:
     settings = service.settings
+    warm = ["--warm", "{}x{}".format(*service.shape)] if service.shape else []
     return [
+        *warm,
         *("--address", service.address),
         *("--keys", str(service.key_file)),
         # Looked up for every life: another generator may have been put to use meanwhile.

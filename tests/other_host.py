@@ -16,7 +16,7 @@ from refocus import keys
 from refocus.settings import Settings
 from tests.branch import Branch, settings
 
-BEAT_MS = 100
+BEAT_MS = 200
 
 
 def free_port() -> int:

@@ -52,7 +52,7 @@ def register(subparsers: Any) -> None:
     options.add_config(parser)
     parser.add_argument(
         "--shape",
-        type=_shape,
+        type=options.frame_size,
         action="append",
         metavar="YxX",
         help="frame size in pixels (default 2048x2048; may be given several times)",
@@ -147,10 +147,3 @@ def _line(built: Built) -> str:
 
 def _say(line: str) -> None:
     print(f"refocus: {line}", file=sys.stderr)
-
-
-def _shape(text: str) -> tuple[int, int]:
-    y, separator, x = text.partition("x")
-    if not (separator and y.isdigit() and x.isdigit() and int(y) and int(x)):
-        raise argparse.ArgumentTypeError(f"wanted a size as 2048x2048, got {text!r}")
-    return int(y), int(x)

@@ -49,6 +49,14 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
 
 
+def frame_size(text: str) -> tuple[int, int]:
+    """(y, x) in pixels, of "2048x2048"."""
+    y, separator, x = text.partition("x")
+    if not (separator and y.isdigit() and x.isdigit() and int(y) and int(x)):
+        raise argparse.ArgumentTypeError(f"wanted a size as 2048x2048, got {text!r}")
+    return int(y), int(x)
+
+
 def run_at(path: Path) -> Path:
     """*path*, where it is a run's folder. Raises SettingsError."""
     from store.layout import is_run

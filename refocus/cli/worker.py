@@ -37,6 +37,12 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--device", type=int, metavar="N", help="which GPU of this computer (default: settings)"
     )
+    parser.add_argument(
+        "--shape",
+        type=options.frame_size,
+        metavar="YxX",
+        help="frame size in pixels to get ready for, before the first frame comes",
+    )
     options.add_generator(parser)
     options.add_engine(parser)
     options.add_config(parser)
@@ -49,8 +55,10 @@ def run(arguments: argparse.Namespace) -> int:
     from engine import remote
 
     settings = options.settings(arguments)
-    device = settings.engine.devices[0] if arguments.device is None else arguments.device
-    service = remote.Service(arguments.connect, arguments.keys, settings, device)
+    device = (
+        next(iter(settings.engine.devices), 0) if arguments.device is None else arguments.device
+    )
+    service = remote.Service(arguments.connect, arguments.keys, settings, device, arguments.shape)
     stop = threading.Event()
     with signals_set(stop):
         remote.serve(service, stop, _say)
