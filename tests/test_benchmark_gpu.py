@@ -8,7 +8,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, roofline
+from benchmarks.generators import Gpu
 from benchmarks.on_gpu import parts
 from benchmarks.on_gpu.rows import Row, growth, line_of, percentile
 from benchmarks.on_gpu.wire import open_track
@@ -141,3 +142,14 @@ def test_the_command_prints_the_same_as_json(tmp_path: Path) -> None:
     report = json.loads(done.stdout.splitlines()[-1])
     assert [row["value"] > 0 for row in report["rows"]] == [True, True]
     assert done.stdout.count("| echo worker") == 2
+
+
+def test_multiplications_and_bytes_are_those_of_the_graph(tmp_path: Path) -> None:
+    package = identity_package.make(tmp_path / "identity")
+    convolution, total = roofline.nodes(package.generator, side_px=256)
+    assert convolution.macs == 9 * 256**2
+    plane_bytes = 4 * 256**2
+    assert convolution.moved_bytes["all"] == 2 * plane_bytes + 9 * 4
+    assert total.moved_bytes == {"nothing": 3 * plane_bytes, "joined": plane_bytes, "all": 0}
+    slow = Gpu("slow", tflops=1.0, gb_per_s=1.0)
+    assert roofline.seconds(slow, [total], "joined") == pytest.approx(plane_bytes / 0.8e9)
