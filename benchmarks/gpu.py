@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.on_gpu import parts
 from benchmarks.on_gpu.rows import HEAD, Row, line_of
-from benchmarks.on_gpu.wire import Kind
+from benchmarks.on_gpu.track import Kind
 from engine import model_store, package
 from engine.gpu import open_gpu
 from refocus.errors import RefocusError, SettingsError

@@ -12,8 +12,8 @@ from benchmarks import gpu, roofline
 from benchmarks.generators import Gpu
 from benchmarks.on_gpu import parts
 from benchmarks.on_gpu.rows import Row, growth, line_of, percentile
-from benchmarks.on_gpu.wire import open_track
-from benchmarks.wire import Echo
+from benchmarks.on_gpu.track import open_track
+from benchmarks.on_gpu.worker import Echo
 from refocus.errors import EngineError
 from refocus.frame import RefocusOutcome
 from tests import identity_package

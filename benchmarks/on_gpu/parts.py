@@ -17,7 +17,7 @@ import psutil
 
 from benchmarks.on_gpu.nvml import Nvml, Watch
 from benchmarks.on_gpu.rows import Row, growth, percentile
-from benchmarks.on_gpu.wire import Kind, Track, open_track
+from benchmarks.on_gpu.track import Kind, Track, open_track
 from engine import gate, model_store, package
 from engine.gpu import Device, open_gpu
 from engine.package import Package
