@@ -23,7 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from engine import package
+from engine import model_store, package
 from engine.package import Package
 from engine.runtimes.openvino import OpenVino
 from engine.scaling import Scaling
@@ -120,7 +120,7 @@ def _in_a_process(name: str) -> float:
 
 def _rate(arguments: argparse.Namespace) -> float:
     shape = (arguments.shape, arguments.shape)
-    loaded = package.load(package.find(arguments.generator))
+    loaded = package.load(model_store.find(arguments.generator))
     infer = CONTENDERS[arguments.one](loaded, shape, arguments.threads)
     infer()
     infer()
