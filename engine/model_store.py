@@ -24,7 +24,7 @@ import msgspec
 import platformdirs
 
 from engine import package
-from engine.package import FILES, MANIFEST, SHIPPED, Package
+from engine.package import FILES, MANIFEST, Package
 from refocus.errors import PackageError
 
 CURRENT = "current"
@@ -112,7 +112,7 @@ def use(name_or_path: str | Path) -> Package:
     Raises PackageError where it is not sound, or the store cannot be written.
     """
     found = package.load(find(name_or_path))
-    if found.folder.parent not in (SHIPPED, store_folder()):
+    if found.folder.parent not in (package.SHIPPED, store_folder()):
         with _writing():
             found = _install(found)
     try:
@@ -157,13 +157,15 @@ def listed() -> tuple[list[Listed], str]:
         except PackageError as error:
             problem = str(error)
         found.append(
-            Listed(folder.name, folder.parent == SHIPPED, folder == current, loaded, problem)
+            Listed(
+                folder.name, folder.parent == package.SHIPPED, folder == current, loaded, problem
+            )
         )
     return found, trouble
 
 
 def _folders() -> Iterator[Path]:
-    for place in (SHIPPED, store_folder()):
+    for place in (package.SHIPPED, store_folder()):
         for manifest in sorted(place.glob(f"*/{MANIFEST}")):
             if not manifest.parent.name.startswith("."):  # a copy that was never finished
                 yield manifest.parent

@@ -196,22 +196,6 @@ def write(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Packa
     return load(folder)
 
 
-def find(name_or_path: str | Path) -> Path:
-    """Folder of the shipped generator of that name, else the folder of that path.
-
-    Raises PackageError, with the names that ship, where there is neither.
-    """
-    shipped = sorted(found.parent.name for found in SHIPPED.glob(f"*/{MANIFEST}"))
-    if str(name_or_path) in shipped:
-        return SHIPPED / name_or_path
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
-    raise PackageError(
-        f"no generator {str(name_or_path)!r}: wanted the folder of a model package "
-        f"or one that ships ({', '.join(shipped) or 'none does'})"
-    )
-
-
 def unfit(manifest: Manifest, header: FrameHeader) -> str | None:
     """Why this frame must not be refocused by this generator, or None where it may be.
 

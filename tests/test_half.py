@@ -13,7 +13,7 @@ from onnx.reference.ops.op_conv import Conv
 from engine import half
 from engine.gate import LEAST_PSNR_DB
 from engine.half import HEADROOM, HEAVY, to_half
-from engine.package import Package, find, load, read_golden
+from engine.package import SHIPPED, Package, load, read_golden
 from engine.scaling import to_counts, to_network
 from refocus.errors import PackageError
 from tests import identity_package
@@ -65,7 +65,7 @@ def nodes(generator: bytes, *operators: str) -> list[onnx.NodeProto]:
 
 @pytest.fixture(scope="module")
 def shipped() -> Package:
-    return load(find("fluorescence"))
+    return load(SHIPPED / "fluorescence")
 
 
 def test_the_shipped_generator_passes_the_gate_with_room(shipped: Package) -> None:

@@ -39,6 +39,15 @@ def test_where_none_was_chosen_the_current_one_ships(own_store: Path) -> None:
     assert not own_store.exists(), "looking changes nothing"
 
 
+def test_a_generator_is_found_by_its_name_or_its_folder(
+    negated: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(package, "SHIPPED", negated.folder.parent)
+    assert model_store.find("negated") == model_store.find(negated.folder) == negated.folder
+    with pytest.raises(PackageError, match=r"'negatted'.*one of negated"):
+        model_store.find("negatted")
+
+
 def test_a_folder_is_installed_and_what_happens_to_it_later_harms_nobody(
     negated: Package, own_store: Path
 ) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from engine.package import FILES, ONNX, WEIGHTS, Package, find, load, read_golden, write
+from engine.package import FILES, ONNX, SHIPPED, WEIGHTS, Package, load, read_golden, write
 from engine.runtimes import open_runtime
 from engine.runtimes.openvino import MAX_LOADED, OpenVino, spare_cores
 from engine.scaling import Scaling, derive
@@ -154,7 +154,7 @@ def test_brighter_and_offset_changes_nothing_else(runtime: OpenVino, unet: Packa
 
 
 def test_the_shipped_generator_gives_its_golden_answers(runtime: OpenVino) -> None:
-    package = load(find("fluorescence"))
+    package = load(SHIPPED / "fluorescence")
     golden = read_golden(package)
     assert golden
     for one in golden:

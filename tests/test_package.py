@@ -121,14 +121,6 @@ def test_writing_leaves_all_or_nothing(shipped: Package, tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["identity"]
 
 
-def test_finding(shipped: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(package, "SHIPPED", tmp_path)
-    assert package.find("identity") == shipped.folder
-    assert package.find(shipped.folder) == shipped.folder
-    with pytest.raises(PackageError, match=r"'identitty'.*ships \(identity\)"):
-        package.find("identitty")
-
-
 def test_who_must_not_be_refocused(shipped: Package) -> None:
     header = FrameHeader(run="r", seq=0, axes={}, shape=(4, 5), dtype="uint16", pixel_um=0.1)
     unfit = package.unfit

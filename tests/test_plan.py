@@ -11,7 +11,7 @@ import pytest
 import tensorrt_rtx
 
 from engine.generators import build as make_generator
-from engine.package import find, load
+from engine.package import SHIPPED, load
 from engine.plan import Profile, Toolkit, build, open_toolkit, profile_for, rtx_capability
 from engine.to_onnx import export
 from refocus.errors import PackageError, SettingsError
@@ -66,7 +66,7 @@ def test_frames_are_sorted_into_squares(
 def test_the_shipped_generator(
     toolkit: Toolkit, side_px: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    package = load(find("fluorescence"))
+    package = load(SHIPPED / "fluorescence")
     plan = build_for(toolkit, package.generator, side_px)
     assert 1_000_000 < len(plan) < 10_000_000
     assert toolkit.messages() == []
@@ -110,7 +110,9 @@ def test_a_gpu_that_rtx_does_not_know_is_refused(toolkit: Toolkit) -> None:
 def test_too_little_memory_is_said_in_figures(toolkit: Toolkit) -> None:
     wanted = r"up to 4096 x 4096 px with 256 MiB: .*OutOfMemory"
     with pytest.raises(PackageError, match=wanted) as caught:
-        build_for(toolkit, load(find("fluorescence")).generator, 4096, workspace_bytes=256 << 20)
+        build_for(
+            toolkit, load(SHIPPED / "fluorescence").generator, 4096, workspace_bytes=256 << 20
+        )
     assert ".cpp" not in str(caught.value)
     assert build_for(toolkit, styled(), 512), "a failed build must not spoil the next"
 

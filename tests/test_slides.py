@@ -14,7 +14,7 @@ import tifffile
 
 from engine import apply, tiff_reader, tiff_writer
 from engine.apply import refocus_file
-from engine.package import Package, find, load
+from engine.package import SHIPPED, Package, load
 from engine.runtimes.openvino import OpenVino
 from engine.scaling import derive
 from engine.tiles import spans
@@ -102,7 +102,7 @@ def test_tiles_of_the_shipped_generator_show_nowhere(
     y, x = np.mgrid[:431, :587]
     cells = 200 + 3000 * np.clip(np.sin(y / 19) * np.sin(x / 17), 0, 1) ** 2
     tifffile.imwrite(tmp_path / "in.tif", RNG.poisson(cells).astype(np.uint16))
-    package = load(find("fluorescence"))
+    package = load(SHIPPED / "fluorescence")
     tiles, whole = in_tiles_and_whole(tmp_path / "in.tif", package, runtime, monkeypatch)
     assert np.abs(tiles.astype(float) - whole).max() <= 0.005 * np.ptp(whole)
 
