@@ -215,11 +215,11 @@ def _toolkit(name: "ToolkitName") -> Finding:
 
 def _runtime(engine: Engine) -> Finding:
     chosen = choose(engine)
-    try:
-        why = f": {chosen.why}" if engine == "auto" else ""
-        return Finding(found=True, text=chosen.runtime.name + why)
-    finally:
-        chosen.runtime.close()
+    with contextlib.closing(chosen.runtime):
+        text = chosen.runtime.name
+        if engine == "auto":
+            text += f"; {chosen.why if _gpu().found else 'there is no NVIDIA GPU'}"
+        return Finding(found=True, text=text)
 
 
 PARTS: dict[str, Callable[[], Finding]] = {
