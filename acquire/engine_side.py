@@ -107,7 +107,7 @@ class EngineSide:
             self.crew = crew
             self._intake.no_engine = ""
         self.link.use(crew.package)
-        for device, reason in crew.given_up.items():
+        for device, reason in list(crew.given_up.items()):
             self._on_trouble(f"no worker on device {device}: {reason}")
 
     def begin(self, package: Package) -> None:
