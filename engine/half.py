@@ -38,15 +38,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import (
-    AttributeProto,
-    GraphProto,
-    ModelProto,
-    NodeProto,
-    TensorProto,
-    helper,
-    numpy_helper,
-)
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from refocus.errors import PackageError
 
@@ -320,7 +312,7 @@ def _element_types(graph: GraphProto) -> dict[str, int]:
 def _captured(node: NodeProto) -> Iterable[str]:
     """Names that the subgraphs of *node* may take from around them."""
     for attribute in node.attribute:
-        if attribute.type == AttributeProto.GRAPH:
+        if attribute.type == onnx.AttributeProto.GRAPH:
             for inner in attribute.g.node:
                 yield from inner.input
                 yield from _captured(inner)

@@ -212,6 +212,7 @@ def test_our_calls_are_found(uses: set[Use]) -> None:
         ("Builder", "build_serialized_network"),
         ("OnnxParser", "parse"),
         ("ParserError", "desc"),
+        ("IBuilderConfig", "clear_flag"),
         ("IBuilderConfig", "set_memory_pool_limit"),
         ("IBuilderConfig", "set_compute_capability"),
         ("INetworkDefinition", "get_input"),
