@@ -1,14 +1,18 @@
 """Every frame given to the branch gets exactly one answer: what a healthy worker does."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
+import zmq
 
-from refocus.frame import RefocusOutcome
+from refocus import wire
+from refocus.frame import Pixels, RefocusOutcome
 from tests import identity_package
-from tests.branch import RNG, SHAPE, Branch
+from tests.branch import RNG, SHAPE, Branch, hello_of
 
 
 def test_every_frame_comes_back_as_its_own_answer(branch: Callable[..., Branch]) -> None:
@@ -67,6 +71,62 @@ def test_any_shape_passes(branch: Callable[..., Branch]) -> None:
         seq = b.send(RNG.integers(0, 255, shape, dtype=np.uint8) if shape != (1, 1) else None)
         b.drain(b.answered(seq))
         assert b.answers[seq][0].outcome is RefocusOutcome.REFOCUSED, b.answers[seq]
+
+
+def test_workers_of_another_generator_wait_until_it_is_put_to_use(
+    branch: Callable[..., Branch], tmp_path: Path
+) -> None:
+    b, other = branch(), identity_package.make(tmp_path / "other", name="other")
+    b.ready()
+    assert b.engine.crew is not None
+    hello = msgspec.structs.replace(hello_of(b, "guest"), model=other.hash)
+    context, jobs = zmq.Context(), list[tuple[wire.Message, Pixels | None]]()
+    try:
+        with context.socket(zmq.DEALER) as guest:
+            guest.linger = 0
+            guest.connect(b.engine.link.address)
+            beating = functools.partial(drain_beating, b, guest, jobs)
+            b.engine.link.let_in(other)
+            guest.send_multipart(wire.encode(hello))
+            beating(lambda: b.engine.link.workers_of(other) == 1)
+            before = b.send()
+            beating(b.answered(before))
+            assert not jobs, "the generator in use is another"
+            b.engine.crew.retire()
+            b.engine.link.use(other)
+            beating(lambda: b.pid is None)  # it was told to leave, and did
+            after = b.send()
+            beating(lambda: bool(jobs))
+            ((job, pixels),) = jobs
+            assert isinstance(job, wire.Job)
+            assert job.frame.seq == after
+            result = wire.Result(epoch="guest", seq=after, shape=SHAPE, dtype="uint16", clipped=0)
+            guest.send_multipart(wire.encode(result, pixels))
+            beating(b.answered(after))
+    finally:
+        context.term()
+    makers = [b.answers[seq][-1].maker for seq in (before, after)]
+    assert [maker.name for maker in makers if maker] == ["identity", "other"]
+    assert b.outcomes() == {"REFOCUSED": 2}
+
+
+def drain_beating(
+    b: Branch,
+    guest: "zmq.Socket[bytes]",
+    jobs: list[tuple[wire.Message, Pixels | None]],
+    done: Callable[[], bool],
+) -> None:
+    """Plays the writer until *done*, and a worker's heart, which collects the frames it is given."""
+
+    def beat() -> bool:
+        guest.send_multipart(wire.encode(wire.Beat(epoch="guest")))
+        while guest.poll(0):
+            received = wire.decode(guest.recv_multipart())
+            if isinstance(received[0], wire.Job):
+                jobs.append(received)
+        return done()
+
+    b.drain(beat)
 
 
 def test_rubbish_from_the_network_never_leaves_the_engine(
