@@ -21,7 +21,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from engine.half import to_half
 from engine.tiles import SMALLEST_PX
 from refocus.errors import PackageError, SettingsError
 
@@ -31,7 +30,7 @@ RECIPE = 1
 ToolkitName = Literal["tensorrt", "tensorrt_rtx"]
 OLDEST: dict[ToolkitName, tuple[int, int]] = {"tensorrt": (10, 13), "tensorrt_rtx": (1, 7)}
 EXTRA: dict[ToolkitName, str] = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
-"""What to install each with: pip install 'refocus[EXTRA]'."""
+"""What to install each with: pip install "refocus[EXTRA]"."""
 
 SQUARES_PX = (512, 8192)
 """Side of the smallest and the largest square; larger frames are cut into tiles."""
@@ -78,6 +77,7 @@ def open_toolkit(wanted: ToolkitName | None = None) -> Toolkit:
     for name in names:
         try:
             module = importlib.import_module(name)
+            importlib.import_module("onnx")  # what plans are built from; of the same extras
         except (ImportError, OSError) as error:
             reasons.append(f"{name}: {_first_line(error)}")
             continue
@@ -88,7 +88,7 @@ def open_toolkit(wanted: ToolkitName | None = None) -> Toolkit:
             return Toolkit(f"{name} {module.__version__}", module, is_rtx, logger, messages)
         oldest = ".".join(map(str, OLDEST[name]))
         reasons.append(f"{name}: this is {module.__version__}, wanted {oldest} or later")
-    extras = " or ".join(f"pip install 'refocus[{EXTRA[name]}]'" for name in reversed(names))
+    extras = " or ".join(f'pip install "refocus[{EXTRA[name]}]"' for name in reversed(names))
     raise SettingsError(f"no TensorRT here ({'; '.join(reasons)}); install it: {extras}")
 
 
@@ -118,6 +118,8 @@ def build(
     Raises PackageError where TensorRT cannot parse or build it, with TensorRT's own words, and
     SettingsError where it cannot start here or does not know that GPU.
     """
+    from engine.half import to_half  # needs onnx, which a machine without a GPU may lack
+
     half = to_half(generator)
     return build_from_half(
         toolkit, half, profile, workspace_bytes=workspace_bytes, capability=capability
@@ -182,7 +184,7 @@ def rtx_capability(toolkit: Toolkit, capability: tuple[int, int]) -> Any:
         raise SettingsError(
             f"{toolkit.name} does not know a GPU of compute capability "
             f"{capability[0]}.{capability[1]}, only {have}; install the full TensorRT: "
-            f"pip install 'refocus[{EXTRA['tensorrt']}]'"
+            f'pip install "refocus[{EXTRA["tensorrt"]}]"'
         )
     return known[wanted]
 

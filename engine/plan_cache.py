@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import platformdirs
 
-from engine import half, plan
+from engine import plan
 from engine.package import Package
 from engine.plan import Profile, Toolkit
 from engine.sealed import PARTIAL, read_sealed, write_sealed
@@ -125,6 +125,8 @@ def ensure(
 
 
 def _label(package: Package, toolkit: Toolkit, device: "Device | None", profile: Profile) -> _Label:
+    from engine import half  # needs onnx, which a machine without a GPU may lack
+
     gpu, driver = "any GPU from Ampere on", "any driver"
     if device is not None:
         capability = ".".join(map(str, device.capability))
@@ -176,6 +178,8 @@ def _why(folder: Path, labels: list[_Label]) -> str:
 
 def _half(folder: Path, package: Package) -> bytes:
     """The FP16 twin of the package's master, kept beside its plans."""
+    from engine import half
+
     onnx = hashlib.sha256(package.generator).hexdigest()
     path = folder / f"{onnx[:16]}-half{half.RECIPE}.onnx"
     head, _, twin = (read_sealed(path) or b"").partition(b"\n")

@@ -1,6 +1,7 @@
 """Plans, really built: TensorRT for RTX needs no GPU for it."""
 
 import dataclasses
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -159,9 +160,22 @@ def test_what_is_too_old_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None
 def test_nothing_installed_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    wanted = r"no TensorRT here \(tensorrt: .*; tensorrt_rtx: .*\[rtx\]' or .*\[tensorrt\]'"
+    wanted = r"no TensorRT here \(tensorrt: .*; tensorrt_rtx: .*\[rtx\]\" or .*\[tensorrt\]\""
     with pytest.raises(SettingsError, match=wanted):
         open_toolkit()
+
+
+def test_tensorrt_without_onnx_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(SettingsError, match=r"tensorrt_rtx: .*onnx.*\[rtx\]"):
+        open_toolkit()
+
+
+def test_without_onnx_the_modules_can_be_imported() -> None:
+    """Auto must be able to say that there is no TensorRT, and take the CPU."""
+    lines = ("import sys", "sys.modules['onnx'] = None", "import engine.plan_cache")
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", "; ".join(lines)], cwd=root, check=True)
 
 
 def test_a_builder_that_cannot_start_says_why(toolkit: Toolkit) -> None:
