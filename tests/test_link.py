@@ -116,7 +116,7 @@ def drain_beating(
     jobs: list[tuple[wire.Message, Pixels | None]],
     done: Callable[[], bool],
 ) -> None:
-    """Plays the writer until *done*, and a worker's heart, which collects the frames it is given."""
+    """Plays the writer until *done*, and a worker with a heart, which collects its frames."""
 
     def beat() -> bool:
         guest.send_multipart(wire.encode(wire.Beat(epoch="guest")))
