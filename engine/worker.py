@@ -7,8 +7,9 @@ answers go in the order of the starts. How they travel, and the heartbeat, is en
 The worker may be killed at any time: it holds nothing that anyone needs. It leaves by itself when
 the recorder that started it is gone (--supervised) or when it hears no heartbeat for a while
 (the daemon, perhaps on another host, is gone). After a `GpuError` nothing on its GPU can be trusted
-any more: it says so for every plane in work and leaves with code 1, to be started again. It runs
-below normal priority: a frame on its way to the disk matters more than a frame that waits here.
+any more: it says so for every plane in work and leaves with code 1, to be started again. With code
+2 it leaves where its generator cannot run here, and is not started again. It runs below normal
+priority: a frame on its way to the disk matters more than a frame that waits here.
 """
 
 import argparse
@@ -32,7 +33,13 @@ from engine.runtimes import Answer, Runtime, choose
 from engine.scaling import Scaling
 from engine.uplink import Uplink
 from refocus import keys, wire
-from refocus.errors import RefocusError, RefusedError, RejectedError, WireError
+from refocus.errors import (
+    PackageError,
+    RefocusError,
+    RefusedError,
+    RejectedError,
+    WireError,
+)
 from refocus.frame import Pixels
 
 MOST_REASON = 2000
@@ -117,7 +124,7 @@ class _Worker:
         try:
             while self._serve():
                 pass
-        except GpuError as error:
+        except (GpuError, PackageError) as error:
             self._leave(error)
             raise
 
@@ -197,14 +204,19 @@ class _Worker:
         self._uplink.seq = self._in_work[0].job.frame.seq if self._in_work else None
 
     def _fail(self, job: wire.Job, error: Exception) -> None:
-        """Say that a frame failed; raises *error* where the GPU is not to be trusted any more."""
+        """Say that a frame failed; raises *error* where every other one would, too.
+
+        That is where the GPU is not to be trusted any more, and where the generator cannot run
+        here or did not pass the accuracy gate.
+        """
         rejected = isinstance(error, RejectedError)
         self._fault(job, str(error) or repr(error), rejected=rejected)
-        if isinstance(error, GpuError) and not isinstance(error, GpuMemoryError):
+        gpu_broke = isinstance(error, GpuError) and not isinstance(error, GpuMemoryError)
+        if gpu_broke or isinstance(error, PackageError):
             raise error
 
-    def _leave(self, error: GpuError) -> None:
-        """The last words: what is in work is lost with the GPU."""
+    def _leave(self, error: RefocusError) -> None:
+        """The last words: what is in work is lost."""
         with contextlib.suppress(zmq.Again):
             while self._in_work:
                 self._fault(self._in_work.popleft().job, str(error))

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import zmq
 
+from acquire.supervisor import CANNOT_START
 from engine.gpu import GpuError, GpuMemoryError
 from engine.package import Package
 from refocus import wire
 from refocus.arena import Arena
-from refocus.errors import EngineError, RejectedError
+from refocus.errors import EngineError, PackageError, RejectedError
 from refocus.frame import FrameHeader
 from tests import identity_package
 from tests.played_link import LARGER, SHAPE, WAIT_MS, Played, Told, offer
@@ -161,6 +162,21 @@ def test_after_a_failure_of_the_gpu_everything_in_work_is_answered_for(
     link.ended.put(None)
 
 
+def test_a_generator_that_cannot_run_here_ends_the_worker(play: Callable[[Told], Played]) -> None:
+    """No plane would fare better, and a start that fails in the same way is not worth one."""
+    link = play(Told())
+    link.runtime.load = _refuse  # type: ignore[method-assign]
+    link.frame(0)
+    link.receive(wire.Busy)
+    link.receive(wire.Busy)
+    assert "accuracy gate" in link.fault(0).reason
+    link.receive(wire.Bye)
+    ended = link.ended.get(timeout=WAIT_MS / 1000)
+    assert isinstance(ended, PackageError)
+    assert ended.exit_code == CANNOT_START
+    link.ended.put(None)
+
+
 def test_pixels_lie_in_the_memory_that_the_link_offers(play: Callable[[Told], Played]) -> None:
     link = play(Told(slots=2))
     first, second = Arena.make(3, 1000), Arena.make(3, 2000)
@@ -273,3 +289,7 @@ def test_a_worker_whose_gpu_fails_leaves_with_code_1(package: Package, tmp_path:
 
 def _reject(package: Package, shape: tuple[int, int]) -> None:
     raise RejectedError(f"{shape} does not fit on this GPU")
+
+
+def _refuse(package: Package, shape: tuple[int, int]) -> None:
+    raise PackageError("accuracy gate: 31.0 dB")
