@@ -44,9 +44,9 @@ def identity(tmp_path: Path) -> Package:
 class Recording:
     """A run of the current generator, and what was shot in it."""
 
-    def __init__(self, folder: Path, **engine: Any) -> None:
+    def __init__(self, folder: Path, fill_at_end_s: float = 10.0, **engine: Any) -> None:
         chosen = Settings(
-            acquire=AcquireSettings(drain_s=20.0),
+            acquire=AcquireSettings(drain_s=20.0, fill_at_end_s=fill_at_end_s),
             engine=EngineSettings(runtime="openvino", **engine),
             link=LinkSettings(beat_ms=100),
         )
@@ -313,3 +313,36 @@ def test_fill_takes_the_generator_that_the_run_had_last(
         one.works_with("identity")
     model_store.rollback()
     assert own_package(open_run(one.path)).hash == identity.hash
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.long
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("killing", [False, True])
+def test_generators_are_chosen_again_and_again_for_a_minute(
+    tmp_path: Path, negated: Package, identity: Package, killing: bool
+) -> None:
+    for package in (negated, identity):
+        model_store.use(package.folder)
+    rng = np.random.default_rng(5)
+    one = Recording(tmp_path, fill_at_end_s=0.0)
+    with one.recorder as r:
+        assert r.wait_for_engine(30)
+        begin = choose_at = time.monotonic()
+        kill_at = begin + (5.0 if killing else 1e9)
+        while (now := time.monotonic()) - begin < 60.0:
+            one.shoot()
+            time.sleep(0.02)
+            if now >= choose_at:
+                model_store.use(str(rng.choice(["negated", "identity"])))
+                choose_at = now + float(rng.choice([0.01, 0.3, 1.0, 3.0]))
+            if now >= kill_at and r.worker_pid is not None:
+                os.kill(r.worker_pid, int(rng.choice([signal.SIGKILL, signal.SIGSTOP])))
+                kill_at = now + 7.0
+    run = open_run(one.path)
+    assert_sound(run, one.taken)
+    outcomes = Counter(RefocusOutcome(r.outcome).name for r in run.records(Kind.REFOCUS))
+    changes = len(in_use(run)) - 1
+    print(f"{len(one.taken)} frames, {changes} changes, {dict(outcomes)}")
+    assert changes > 5
+    assert killing or outcomes["LOST"] == outcomes["FAILED"] == 0
