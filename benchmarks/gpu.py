@@ -77,7 +77,7 @@ def main() -> int:
         print("\n" + msgspec.json.encode(_child(arguments)).decode())
         return 0
     machine = None
-    if arguments.only != ["echo"]:
+    if arguments.soak or arguments.only != ["echo"]:
         try:
             machine = _asked("machine", Machine)
         except RefocusError as error:

@@ -85,6 +85,7 @@ def network_of(package: Package) -> nn.Module:
     manifest = package.manifest
     network = generators.build(manifest.architecture, manifest.arguments)
     network.load_state_dict(load_file(package.folder / WEIGHTS))
+    torch.backends.cudnn.benchmark = True  # the first run of a shape tries what is fastest
     network.half().eval().cuda()
     for parameter in network.parameters():
         if parameter.ndim == 4:
