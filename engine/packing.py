@@ -65,9 +65,10 @@ def untrained(
 
     The same *seed* gives the same package. It takes planes of any pixel size and refocuses nothing.
     """
-    torch.manual_seed(seed)
-    network = build(architecture, arguments or {})
-    _wake(network)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = build(architecture, arguments or {})
+        _wake(network)
     manifest = Manifest(
         name=f"{architecture}-untrained",
         version="0",
