@@ -9,12 +9,15 @@ missing.
 Three of Micro-Manager's threads call in; the lock is held for a dictionary access.
 """
 
+import logging
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
 from acquire.header import UNKNOWN, Hardware
+
+log = logging.getLogger(__name__)
 
 Key = frozenset[tuple[str, str]]
 
@@ -80,3 +83,26 @@ class Expected:
         renamed it.
         """
         return max(0, self._awaited.total() - self._unexpected)
+
+    def frames(self, received: int) -> int | None:
+        """Frames that should be in the run: a colour image is three, what is missing is one."""
+        return None if self.submitted is None else received + self.missing
+
+    def finding(self, *, exposures: int, received: int, failed: int, interrupted: bool) -> str:
+        """What was lost of *exposures* images, which are *received* frames; in words, or nothing.
+
+        *failed*: frames that could not be saved.
+        """
+        findings = []
+        if failed:
+            findings.append(f"{failed} of {received} frames could not be saved")
+        if self.missing and not interrupted:
+            findings.append(
+                f"{self.submitted} events were submitted to Micro-Manager, {exposures} images "
+                "came; Micro-Manager's own messages name the device or preset at fault"
+            )
+        if not received and not findings and not interrupted:
+            findings.append("not one frame came through the hook")
+        if self.submitted is None and received:
+            log.info("only recorder.hook is in use: nothing counts what was submitted")
+        return "; ".join(findings)

@@ -164,7 +164,7 @@ class Recorder:
             state=self._state,
             received=self._intake.received,
             counts=self._run.counts(),
-            expected=self._expected(),
+            expected=self.expected.frames(self._intake.received),
             fps=(writing.frames - 1) / span_s if span_s > 0 else 0.0,
             latency_ms=writing.latency(),
             raw_queue_mib=self._intake.waiting_bytes / 2**20,
@@ -296,34 +296,23 @@ class Recorder:
         lost = bool(self._cut_short or self._finding() or self.expected.missing)
         complete = certain and not lost
         note = "; ".join(self.trouble)
-        self._run.close(complete=complete, expected_frames=self._expected(), note=note)
+        self._run.close(
+            complete=complete,
+            expected_frames=self.expected.frames(self._intake.received),
+            note=note,
+        )
         self._state = (
             ("complete" if complete else "incomplete") if self._writing.frames else "empty"
         )
 
     def _finding(self) -> str:
         """What was lost, in words, or nothing."""
-        submitted, exposures = self.expected.submitted, self._intake.exposures
-        received, failed = self._intake.received, self._run.counts().failed
-        findings = []
-        if failed:
-            findings.append(f"{failed} of {received} frames could not be saved")
-        if self.expected.missing and not self.interrupted:
-            findings.append(
-                f"{submitted} events were submitted to Micro-Manager, {exposures} images came; "
-                "Micro-Manager's own messages name the device or preset at fault"
-            )
-        if not received and not findings and not self.interrupted:
-            findings.append("not one frame came through the hook")
-        if submitted is None and received:
-            log.info("only recorder.hook is in use: nothing counts what was submitted")
-        return "; ".join(findings)
-
-    def _expected(self) -> int | None:
-        """Frames that should be in the run: a colour image is three, what is missing is one."""
-        if self.expected.submitted is None:
-            return None
-        return self._intake.received + self.expected.missing
+        return self.expected.finding(
+            exposures=self._intake.exposures,
+            received=self._intake.received,
+            failed=self._run.counts().failed,
+            interrupted=self.interrupted,
+        )
 
     def _raw_saved(self, plane_bytes: int) -> None:
         """Writer's thread. With the first one it is known how large the others will be."""
