@@ -62,7 +62,7 @@ def _new(arguments: argparse.Namespace) -> int:
     keys.new(arguments.folder)
     print(
         f"{arguments.folder}: a new key set; {keys.RECORDER} stays here. "
-        f"In config.toml: [link] keys = {str(arguments.folder.resolve())!r}"
+        f'In config.toml: [link] keys = "{arguments.folder.resolve().as_posix()}"'
     )
     for name in arguments.names:
         _say_added(keys.add(arguments.folder, name), name)
