@@ -21,7 +21,9 @@ from refocus.frame import Pixels
 from refocus.keys import WorkerKey
 
 DEAF_BEATS = 40
-"""After so many heartbeats of the link that did not come, the worker leaves."""
+"""After so many heartbeats of the link that did not come, the worker leaves. It does so, too, where
+as many said that it was given up and the working thread takes no notice: that hangs, and a link on
+another host cannot kill it."""
 SEND_TIMEOUT_MS = 5000
 LAST_WORDS_MS = 1000
 """What is said before leaving has so long to get away."""
@@ -49,6 +51,7 @@ class Uplink:
         self._beat_ms = beat_ms
         self._arena: Arena | None = None
         self._renew = threading.Event()
+        self._busy = False
         self._stopped = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="refocus-beat", daemon=True)
         self._socket = _dealer(context, address, key)
@@ -98,6 +101,8 @@ class Uplink:
         return pixels
 
     def send(self, message: wire.Message) -> None:
+        if isinstance(message, wire.Busy):
+            self._busy = bool(message.what)
         self._socket.send_multipart(wire.encode(message))
 
     def answer(self, job: wire.Job, made: Refocused) -> None:
@@ -156,6 +161,7 @@ class Uplink:
 
     def _beat(self) -> None:
         heard = time.monotonic()
+        unheeded = 0
         with contextlib.closing(_dealer(self._context, self._address, self._key)) as socket:
             while not self._stopped.is_set():
                 with contextlib.suppress(zmq.Again):
@@ -166,11 +172,19 @@ class Uplink:
                     parts = socket.recv_multipart()
                     with contextlib.suppress(WireError):
                         message, _ = wire.decode(parts)
-                        if isinstance(message, wire.Renew) and message.epoch == self.epoch:
-                            self._renew.set()
+                        unheeded = self._renewed(message, unheeded)
+                    if unheeded > DEAF_BEATS:
+                        os._exit(1)
                     self._stopped.wait(self._beat_ms / 1000)
                 elif time.monotonic() - heard > DEAF_BEATS * self._beat_ms / 1000:
                     os._exit(0)  # the work thread may be deep in a computation: no orderly way out
+
+    def _renewed(self, message: wire.Message, unheeded: int) -> int:
+        """How often in a row the link has asked for a new introduction in vain."""
+        if not isinstance(message, wire.Renew) or message.epoch != self.epoch:
+            return 0
+        self._renew.set()
+        return 0 if self._busy else unheeded + 1
 
 
 def _dealer(

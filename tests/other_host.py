@@ -25,15 +25,15 @@ def free_port() -> int:
 
 
 def far_settings(
-    package: Package, folder: Path, *, port: int, devices: tuple[int, ...]
+    package: Package, folder: Path, *, port: int, devices: tuple[int, ...], **engine: int
 ) -> Settings:
     """Settings of a recorder that lets workers in whose keys are in *folder*."""
-    chosen = settings(package)
+    chosen = settings(package, **engine)
     link = msgspec.structs.replace(
         chosen.link, address=f"tcp://127.0.0.1:{port}", keys=str(folder), beat_ms=BEAT_MS
     )
-    engine = msgspec.structs.replace(chosen.engine, devices=devices)
-    return msgspec.structs.replace(chosen, link=link, engine=engine)
+    where = msgspec.structs.replace(chosen.engine, devices=devices)
+    return msgspec.structs.replace(chosen, link=link, engine=where)
 
 
 def remotes(b: Branch) -> list[str]:

@@ -17,7 +17,7 @@ from engine.package import Package
 from refocus import keys
 from refocus.frame import RefocusOutcome
 from store.reader import open_run
-from tests import identity_package
+from tests import hanging_package, identity_package
 from tests.branch import Branch
 from tests.other_host import Cable, OtherHost, far_settings, free_port, remotes
 from tests.recording import assert_raw, plane, recorder, shoot
@@ -51,8 +51,8 @@ class Lab:
         self.open.append(cable)
         return cable
 
-    def branch(self, devices: tuple[int, ...] = ()) -> Branch:
-        chosen = far_settings(self.package, self.keys, port=self.port, devices=devices)
+    def branch(self, devices: tuple[int, ...] = (), **engine: int) -> Branch:
+        chosen = far_settings(self.package, self.keys, port=self.port, devices=devices, **engine)
         self.runs += 1
         b = Branch(chosen, self.folder / f"run{self.runs}")
         self.open.append(b)
@@ -64,11 +64,22 @@ class Lab:
 
 
 @pytest.fixture
-def lab(tmp_path: Path, negated: Package) -> Iterator[Lab]:
-    made = Lab(tmp_path, negated)
-    yield made
-    for one in list(reversed(made.open)):
-        made.close(one)
+def open_lab(tmp_path: Path) -> Iterator[Callable[[Package], Lab]]:
+    made: list[Lab] = []
+
+    def open_one(package: Package) -> Lab:
+        made.append(Lab(tmp_path, package))
+        return made[-1]
+
+    yield open_one
+    for lab in made:
+        for one in list(reversed(lab.open)):
+            lab.close(one)
+
+
+@pytest.fixture
+def lab(open_lab: Callable[[Package], Lab], negated: Package) -> Lab:
+    return open_lab(negated)
 
 
 def wait_until(done: Callable[[], bool]) -> None:
@@ -182,6 +193,22 @@ def test_what_happens_to_a_remote_worker_costs_only_its_frames(
     if how in (stopped, hung):
         assert "LOST" in firsts
         assert any("silent" in given[0].reason for given in b.answers.values())
+
+
+def test_a_remote_worker_that_hangs_ends_itself_and_is_replaced(
+    open_lab: Callable[[Package], Lab], tmp_path: Path
+) -> None:
+    lab = open_lab(hanging_package.make(tmp_path / "hanging"))
+    host = lab.host("far")
+    b = lab.branch(frame_timeout_ms=500)
+    b.drain(lambda: remotes(b) == ["far"], START_S)
+    (hung_one,) = host.workers
+    seq = b.send()
+    b.drain(b.answered(seq))
+    assert b.answers[seq][0].outcome is RefocusOutcome.LOST
+    assert "hung" in b.answers[seq][0].reason
+    b.drain(lambda: not hung_one.is_running(), START_S)
+    b.drain(lambda: remotes(b) == ["far"], START_S)
 
 
 def test_the_next_recorder_is_served_without_a_word(lab: Lab) -> None:
