@@ -105,7 +105,9 @@ def measure(machine: Machine | None, wanted: list[str], soak_minutes: float) -> 
         except RefocusError as error:
             outcome = Outcome(failed=str(error))
         label = "" if with_kind in ("tensorrt", "echo") or part == "echo" else f"[{with_kind}] "
-        rows += [msgspec.structs.replace(row, name=label + row.name) for row in outcome.rows]
+        # An empty network reaches nothing that is wanted of a generator.
+        told = {"wanted": None} if with_kind == "seam" else {}
+        rows += [msgspec.structs.replace(r, name=label + r.name, **told) for r in outcome.rows]
         if outcome.failed:
             failed[f"{label}{part}"] = outcome.failed
     return Report(machine=machine, rows=rows, failed=failed)

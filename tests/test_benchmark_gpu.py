@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -14,9 +15,12 @@ from benchmarks.on_gpu import parts
 from benchmarks.on_gpu.rows import Row, growth, line_of, percentile
 from benchmarks.on_gpu.track import open_track
 from benchmarks.on_gpu.worker import Echo
-from refocus.errors import EngineError
+from engine.runtimes import tensorrt
+from engine.runtimes.tensorrt import TensorRt
+from refocus.errors import EngineError, SettingsError
 from refocus.frame import RefocusOutcome
-from tests import identity_package
+from tests import fake_driver, identity_package, played_tensorrt
+from tests.played_tensorrt import Played
 
 SCRIPT = Path(gpu.__file__)
 SMALL = (64, 96)
@@ -153,3 +157,60 @@ def test_multiplications_and_bytes_are_those_of_the_graph(tmp_path: Path) -> Non
     assert total.moved_bytes == {"nothing": 3 * plane_bytes, "joined": plane_bytes, "all": 0}
     slow = Gpu("slow", tflops=1.0, gb_per_s=1.0)
     assert roofline.seconds(slow, [total], "joined") == pytest.approx(plane_bytes / 0.8e9)
+
+
+@pytest.fixture
+def with_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The driver and TensorRT's execution are played; the benchmark and the runtime are real."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    package = identity_package.make(tmp_path / "identity")
+    played = Played(played_tensorrt.master(package))
+    defaults = TensorRt.__init__.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "open_executable", played.open)
+    monkeypatch.setattr(parts, "GENERATOR", str(package.folder))
+    monkeypatch.setattr(parts, "Nvml", PlayedNvml)
+    for name, small in {"SHAPE": SMALL, "ROUND_S": 0.2, "ROUNDS": 2}.items():
+        monkeypatch.setattr(parts, name, small)
+    with fake_driver.plugged_in():
+        yield
+        assert not fake_driver.alive()
+
+
+class PlayedNvml:
+    """A GPU that is 95 % busy and has given out 7 MiB more each time that it is asked."""
+
+    def __init__(self, uuid: str) -> None:
+        assert uuid.startswith("GPU-")
+        self._used_mib = 0.0
+
+    def busy_percent(self) -> int:
+        return 95
+
+    def used_mib(self) -> float:
+        self._used_mib += 7.0
+        return self._used_mib
+
+
+@pytest.mark.usefixtures("with_a_gpu")
+def test_every_figure_of_the_runtime_is_taken() -> None:
+    machine = gpu.machine_here()
+    assert (machine.kind, machine.refused) == ("tensorrt", "")
+    assert "tensorrt-rtx" in machine.versions
+    rows = parts.host("tensorrt") + parts.start("tensorrt")
+    assert all(row.value is not None for row in rows)
+    by_name = {row.name: row for row in rows}
+    assert by_name["GPU without a kernel in work at full load"].value == 5
+    assert by_name["memory on the GPU, 2048², context included"].value == 7 / 1024
+    assert by_name["golden planes against the float32 master"].reached
+
+
+@pytest.mark.usefixtures("with_a_gpu")
+def test_a_gpu_that_tensorrt_refuses_gets_a_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise SettingsError("it does not know a GPU of compute capability 9.0")
+
+    monkeypatch.setattr(tensorrt, "rtx_capability", refuse)
+    machine = gpu.machine_here()
+    assert machine.kind == "stand-in"
+    assert "9.0" in machine.refused

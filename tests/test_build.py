@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from engine.runtimes.tensorrt import TensorRt
 from refocus.cli.main import main
+from tests import fake_driver, identity_package, played_tensorrt
+from tests.played_tensorrt import Played
 
 SMALL = ["build", "--shape", "64x64"]
 
@@ -72,3 +75,21 @@ def test_a_toolkit_that_is_not_there_is_exit_code_2_and_how_to_install_it(
     said = capsys.readouterr().err
     assert "its library is missing" in said
     assert "refocus[tensorrt]" in said
+
+
+def test_with_a_gpu_the_plan_is_proven_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = identity_package.make(tmp_path / "identity")
+    played = Played(played_tensorrt.master(package))
+    defaults = TensorRt.__init__.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "open_executable", played.open)
+    with fake_driver.plugged_in():
+        assert main([*SMALL, "--generator", str(package.folder)]) == 0
+        assert not fake_driver.alive()
+    said = capsys.readouterr()
+    assert "Fake GPU" in said.out
+    assert "accuracy gate" in said.err
+    assert played.is_closed
+    assert len(played.plans[0]) > 1000

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -40,6 +40,8 @@ HOPELESS = (RefocusOutcome.FAILED, RefocusOutcome.LOST, RefocusOutcome.REJECTED)
 AHEAD = 6
 """Frames on their way: three at the worker, and the next ones here already."""
 PAUSE_S = 0.0002
+KEPT = 10_000
+"""Latencies: a soak must not grow by what it notes."""
 
 
 class Track:
@@ -49,8 +51,8 @@ class Track:
         self.pid = pid
         """Process id of the worker."""
         self.outcomes: Counter[RefocusOutcome] = Counter()
-        self.latency_ms: dict[int, float] = {}
-        """From the call of the hook to the refocused plane in the writer's hands, by frame."""
+        self.latencies_ms: deque[tuple[int, float]] = deque(maxlen=KEPT)
+        """Frame, and from the call of the hook to the refocused plane in the writer's hands."""
         self.mixed_up = 0
         """Answers of the echo that are not the frame they belong to."""
         self.reasons: Counter[str] = Counter()
@@ -88,7 +90,7 @@ class Track:
             time.sleep(max(0.0, began + number / rate - time.perf_counter()))
             self.hook()
         self.settle()
-        return [ms for number, ms in self.latency_ms.items() if number >= first]
+        return [ms for number, ms in self.latencies_ms if number >= first]
 
     def settle(self) -> None:
         """Waits until every frame has its outcome."""
@@ -99,9 +101,9 @@ class Track:
         if isinstance(item, Arrival):
             self._intake.settled(item)
         elif isinstance(item, Answer):
+            hooked_ns = self._hooked_ns.pop(item.seq)
             if item.plane is not None:
-                hooked_ns = self._hooked_ns.pop(item.seq)
-                self.latency_ms[item.seq] = (time.monotonic_ns() - hooked_ns) / 1e6
+                self.latencies_ms.append((item.seq, (time.monotonic_ns() - hooked_ns) / 1e6))
                 if self._is_echo:
                     self.mixed_up += int(item.plane.pixels[0, 0]) != item.seq % RING
                 self._intake.plane_settled(item.plane)
