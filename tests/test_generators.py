@@ -200,3 +200,26 @@ def test_tensorrt_for_rtx_builds_a_plan_of_it(package: Package) -> None:
     built = plan.build(toolkit, package.generator, profile, workspace_bytes=1 << 30)
     assert len(built) > len(package.generator) / 2
     assert toolkit.messages() == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("architecture", "arguments"),
+    [
+        ("resnet9", PAPER),
+        ("resnet9", RELEASED),
+        ("refocus-unet", {}),
+        ("refocus-unet", {"norm": "batch"}),
+    ],
+)
+def test_networks_of_full_size_become_plans_for_large_frames(
+    architecture: str, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    """The exporter itself holds them against PyTorch."""
+    pytest.importorskip("tensorrt_rtx")
+    package = untrained(tmp_path / "package", architecture, arguments)
+    toolkit = plan.open_toolkit("tensorrt_rtx")
+    profile = plan.profile_for((2048, 2048), package.manifest.stride)
+    built = plan.build(toolkit, package.generator, profile, workspace_bytes=8 << 30)
+    assert len(built) > len(package.generator) / 2
+    assert toolkit.messages() == []
