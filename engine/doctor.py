@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 
@@ -89,9 +89,9 @@ def examine(limit_s: float = LIMIT_S) -> Report:
     )
 
 
-def require(engine: Engine, limit_s: float = LIMIT_S) -> None:
-    """Raises SettingsError where *engine*, tensorrt or openvino, cannot be had here."""
-    finding = _finish(_start(engine), time.monotonic() + limit_s)
+def require(engine: Engine, device: int = 0, limit_s: float = LIMIT_S) -> None:
+    """Raises SettingsError where *engine*, tensorrt or openvino, cannot be had on GPU *device*."""
+    finding = _finish(_start(engine, device), time.monotonic() + limit_s)
     if not finding.found:
         raise SettingsError(
             f"engine {engine!r} cannot be had: {finding.text} (`refocus doctor` says more; auto "
@@ -213,8 +213,8 @@ def _toolkit(name: "ToolkitName") -> Finding:
     return Finding(found=True, text=f"{toolkit.name} is installed")
 
 
-def _runtime(engine: Engine) -> Finding:
-    chosen = choose(engine)
+def _runtime(engine: Engine, device: int = 0) -> Finding:
+    chosen = choose(engine, device=device)
     with contextlib.closing(chosen.runtime):
         text = chosen.runtime.name
         if engine == "auto":
@@ -234,10 +234,10 @@ PARTS: dict[str, Callable[[], Finding]] = {
 """What is looked at, each in a process of its own."""
 
 
-def _start(part: str) -> "subprocess.Popen[bytes]":
+def _start(part: str, device: int = 0) -> "subprocess.Popen[bytes]":
     # -P: a folder called engine in the user's working directory must not be run instead.
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "engine.doctor", part],
+        [sys.executable, "-P", "-m", "engine.doctor", part, str(device)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -265,10 +265,9 @@ def _ending(code: int) -> str:
     return f"exit code {code:#x}" if code > 255 else f"exit code {code}"
 
 
-def _child(part: str) -> int:
-    engines = {engine: lambda engine=engine: _runtime(engine) for engine in get_args(Engine)}
+def _child(part: str, device: int) -> int:
     try:
-        finding = {**engines, **PARTS}[part]()
+        finding = PARTS[part]() if part in PARTS else _runtime(cast(Engine, part), device)
     except RefocusError as error:
         finding = Finding(found=False, text=str(error))
     except Exception as error:  # noqa: BLE001 - whatever a library raises is a finding
@@ -278,4 +277,4 @@ def _child(part: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_child(sys.argv[1]))
+    sys.exit(_child(sys.argv[1], int(sys.argv[2])))

@@ -57,7 +57,7 @@ def test_what_a_broken_library_does_is_said(
 ) -> None:
     with_library("openvino", code, tmp_path, monkeypatch)
     with pytest.raises(SettingsError, match="cannot be had") as caught:
-        doctor.require("openvino", limit_s)
+        doctor.require("openvino", limit_s=limit_s)
     assert words in str(caught.value)
 
 
@@ -99,6 +99,8 @@ def test_a_gpu_is_found_through_the_driver_alone(
     for seam in ("pycuda", "cuda-bindings"):
         assert found.gpus[0].name in report.findings[seam].text
     assert report.can_refocus
+    with pytest.raises(SettingsError, match="no GPU 1"):
+        doctor.require("tensorrt", device=1)
 
 
 def gpu(name: str, capability: tuple[int, int], cuda: tuple[int, int] = (13, 0)) -> Finding:

@@ -99,5 +99,7 @@ def settings(arguments: argparse.Namespace) -> Settings:
     if engine.runtime not in ("auto", "none"):
         from engine import doctor
 
-        doctor.require(engine.runtime)  # in a process of its own: this one may be about to record
+        # In a process of its own: this one may be about to record.
+        for device in engine.devices if engine.runtime == "tensorrt" else (0,):
+            doctor.require(engine.runtime, device)
     return msgspec.structs.replace(read, engine=engine)
