@@ -54,41 +54,43 @@ def host(kind: Kind) -> list[Row]:
     runtime = open_runtime(kind)
     runtime.load(loaded, SHAPE)
     rate(runtime, 0.0)
-    used_mib = nvml.used_mib() - before_mib
+    memory = Row(
+        name="memory on the GPU, 2048², context included",
+        value=(nvml.used_mib() - before_mib) / 1024,
+        unit="GiB",
+        wanted=1.5,
+        sense="at most",
+    )
+    rows = [*_rates(runtime, loaded, nvml, wanted_fps(device)), memory]
+    if kind != "seam":
+        rows.append(_golden(runtime, loaded))
+    runtime.close()
+    return rows
+
+
+def _rates(runtime: Runtime, loaded: Package, nvml: Nvml, wanted: float) -> list[Row]:
     with Watch(nvml) as watch:
         rates = [rate(runtime, ROUND_S) for _ in range(ROUNDS)]
     alone_s = _seconds_of(runtime.bare(loaded, SHAPE), ROUND_S)
     frames = statistics.median(rates)
-    golden = [] if kind == "seam" else [_golden(runtime, loaded)]
-    runtime.close()
-    spread = f"{runtime.name}; rounds {min(rates):.0f} to {max(rates):.0f}"
-    idle = 100 - statistics.median(watch.busy_percent)
     from_times = max(0.0, 1 - frames * alone_s)
     return [
         Row(
             name="2048² uint16, host buffer to host buffer",
             value=frames,
             unit="frames/s",
-            wanted=wanted_fps(device),
-            note=spread,
+            wanted=wanted,
+            note=f"{runtime.name}; rounds {min(rates):.0f} to {max(rates):.0f}",
         ),
         Row(name="the network alone, 2048²", value=1 / alone_s, unit="frames/s"),
         Row(
             name="GPU without a kernel in work at full load",
-            value=idle,
+            value=100 - statistics.median(watch.busy_percent),
             unit="%",
             wanted=10.0,
             sense="at most",
             note=f"NVML; from rate and network alone {100 * from_times:.0f} %",
         ),
-        Row(
-            name="memory on the GPU, 2048², context included",
-            value=used_mib / 1024,
-            unit="GiB",
-            wanted=1.5,
-            sense="at most",
-        ),
-        *golden,
     ]
 
 
