@@ -33,7 +33,8 @@ from refocus.errors import RefocusError, SettingsError
 
 PARTS = ("host", "start", "echo", "wire", "comi")
 """In this order: the first builds the plan that the next one finds in the cache."""
-LIMIT_S = 240.0
+LIMIT_S = 600.0
+"""The full TensorRT builds a plan for minutes."""
 PACKAGES = ("tensorrt", "tensorrt-rtx", "pycuda", "cuda-bindings", "torch", "onnx", "numpy")
 
 
