@@ -106,7 +106,7 @@ class _Rewriter:
 
     def run(self) -> None:
         graph, half = self.graph, self.choose()
-        if all(self.factors(graph.node[k]) is not None for k in half):
+        if all(self.may_scale(graph.node[k]) for k in half):
             self.headroom = HEADROOM
         for k, node in enumerate(graph.node):
             self.nodes.append(self.in_half(node) if k in half else self.as_it_is(node))
@@ -172,6 +172,14 @@ class _Rewriter:
         else:
             return None if node.op_type in NOT_SCALING else set()
         return set(candidates) or None
+
+    def may_scale(self, node: NodeProto) -> bool:
+        """Whether *node* can work on values times HEADROOM, with its summands as small."""
+        factors = self.factors(node)
+        if factors is None:
+            return False
+        summands = [node.input[i] for i in self.halved(node) if i not in factors]
+        return all(_fits(self.weights[v], HEADROOM) for v in summands if v in self.weights)
 
     def in_half(self, node: NodeProto) -> NodeProto:
         twin = NodeProto()
@@ -245,8 +253,8 @@ def _half_name(name: str) -> str:
     return f"{name}/half"
 
 
-def _fits(tensor: TensorProto) -> bool:
-    values = numpy_helper.to_array(tensor).astype(np.float64)
+def _fits(tensor: TensorProto, scale: float = 1.0) -> bool:
+    values = scale * numpy_helper.to_array(tensor).astype(np.float64)
     with np.errstate(over="ignore"):
         rounded = values.astype(np.float16).astype(np.float64)
     if not np.isfinite(rounded).all():

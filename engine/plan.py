@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from engine.tiles import SMALLEST_PX
+from engine.tiles import SMALLEST_PX, round_up
 from refocus.errors import PackageError, SettingsError
 
 RECIPE = 1
@@ -32,9 +32,14 @@ OLDEST: dict[ToolkitName, tuple[int, int]] = {"tensorrt": (10, 13), "tensorrt_rt
 EXTRA: dict[ToolkitName, str] = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
 """What to install each with: pip install "refocus[EXTRA]"."""
 
-SQUARES_PX = (512, 8192)
-"""Side of the smallest and the largest square; larger frames are cut into tiles."""
+SMALLEST_SQUARE_PX = 512
+LARGEST_SQUARE_PX = 8192
+"""Larger frames are cut into tiles."""
 KEPT_MESSAGES = 200
+
+
+class PlanMemoryError(PackageError):
+    """A plan for frames of this size takes more memory than there may be; smaller ones may not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +102,9 @@ def profile_for(shape: tuple[int, int], stride: int) -> Profile:
 
     *stride*: of the generator; sides are rounded up to a multiple of it.
     """
-    smallest, largest = SQUARES_PX
-    square = min(max(smallest, 1 << (max(shape) - 1).bit_length()), largest)
-    least, most = _up(SMALLEST_PX, stride), _up(square, stride)
+    power = 1 << (max(shape) - 1).bit_length()
+    square = min(max(SMALLEST_SQUARE_PX, power), LARGEST_SQUARE_PX)
+    least, most = round_up(SMALLEST_PX, stride), round_up(square, stride)
     return Profile((least, least), (most, most), (most, most))
 
 
@@ -154,6 +159,9 @@ def build_from_half(
     config.max_aux_streams = 0
     # Or a context of a small frame would take the memory of the profile's largest.
     config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
+    if toolkit.is_rtx:
+        # Or it takes memory while it runs, which nobody counts, and no graph can be captured.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if toolkit.is_rtx and capability is not None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(rtx_capability(toolkit, capability), 0)
@@ -163,10 +171,11 @@ def build_from_half(
     config.add_optimization_profile(sizes)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise PackageError(
+        said = _said(toolkit) or "it gave no reason"
+        kind = PlanMemoryError if "OutOfMemory" in said else PackageError
+        raise kind(
             f"{toolkit.name} cannot build a plan of this generator for frames up to "
-            f"{profile.most[0]} x {profile.most[1]} px with {workspace_bytes >> 20} MiB: "
-            f"{_said(toolkit) or 'it gave no reason'}"
+            f"{profile.most[0]} x {profile.most[1]} px with {workspace_bytes >> 20} MiB: {said}"
         )
     return bytes(memoryview(plan))
 
@@ -235,7 +244,3 @@ def _said(toolkit: Toolkit) -> str:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _up(side_px: int, stride: int) -> int:
-    return -(-side_px // stride) * stride

@@ -37,7 +37,7 @@ def spans(length: int, core: int, halo: int, stride: int) -> list[Span]:
     window = core + 2 * halo
     if length <= window:
         return [Span(0, length, 0, length)]
-    padded = -(-length // stride) * stride  # where the runtime's padding ends
+    padded = round_up(length, stride)  # where the runtime's padding ends
     cut = []
     for start in range(0, length, core):
         read_start = min(max(start - halo, 0), padded - window)
@@ -51,5 +51,10 @@ def padded_shape(shape: tuple[int, int], stride: int) -> tuple[int, int]:
 
     The same in every runtime, or they would differ at the border.
     """
-    height, width = (-(-max(side, SMALLEST_PX) // stride) * stride for side in shape)
+    height, width = (round_up(max(side, SMALLEST_PX), stride) for side in shape)
     return height, width
+
+
+def round_up(length_px: int, stride: int) -> int:
+    """The next multiple of *stride*."""
+    return -(-length_px // stride) * stride

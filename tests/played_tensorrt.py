@@ -21,6 +21,8 @@ from tests import fake_driver
 
 Values = npt.NDArray[np.float32]
 SCRATCH_BYTES = 4096
+CAPTURE = 2
+"""The first run is plain, the second one is captured."""
 
 
 class Played:
@@ -33,10 +35,16 @@ class Played:
         self.plans: list[bytes] = []
         self.is_closed = False
         self.is_capturable = True
+        self.refuses_capture = False
+        """What a driver may do although TensorRT says that it can be captured."""
+        self.open_fails: list[Exception] = []
+        self.save_fails: Exception | None = None
 
     def open(self, toolkit: Toolkit, plan: bytes, jit_cache: Path) -> "Played":
         """As the class that it stands in for is called."""
         self.plans.append(plan)
+        if self.open_fails:
+            raise self.open_fails.pop(0)
         return self
 
     def context(self, padded: tuple[int, int], stream: int) -> "PlayedContext":
@@ -44,7 +52,8 @@ class Played:
         return PlayedContext(self, padded)
 
     def save_jit(self) -> None:
-        pass
+        if self.save_fails:
+            raise self.save_fails
 
     def close(self) -> None:
         assert not self.contexts, "an engine must outlive its contexts"
@@ -59,12 +68,16 @@ class PlayedContext:
         self._padded = padded
         self.memory_bytes = SCRATCH_BYTES + played.scratch_bytes_per_px * padded[0] * padded[1]
         self._bound: tuple[int, int, int] | None = None
+        self._enqueued = 0
 
     def bind(self, network: int, answer: int, memory: int) -> None:
         self._bound = network, answer, memory
 
     def enqueue(self, stream: int) -> None:
         assert self._bound, "enqueued without memory"
+        self._enqueued += 1
+        if self._played.refuses_capture and self._enqueued == CAPTURE:
+            raise EngineError("TensorRT cannot run: not while a graph is captured")
         source, target, memory = self._bound
 
         def run() -> None:

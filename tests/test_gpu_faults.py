@@ -88,7 +88,9 @@ def test_whichever_call_fails_all_is_given_back(seam: Seam, code: int, sticky: b
             assert code == OUT_OF_MEMORY, name
         except GpuError:
             # pycuda pushes and pops once more while it leaves; the next call misses the context.
-            assert code != OUT_OF_MEMORY or name.startswith(("cuCtxPush", "cuCtxPop")), name
+            # And where it loads kernels it may stumble over the log, before it says what failed.
+            pycuda = ("cuCtxPush", "cuCtxPop", "cuModuleLoad")
+            assert code != OUT_OF_MEMORY or name.startswith(pycuda), name
         else:
             assert seam == "pycuda", f"{name} failed unnoticed"
             assert pycuda_goes_on(name, code), f"{name} failed unnoticed"

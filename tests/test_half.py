@@ -278,6 +278,26 @@ def test_biases_and_slopes_scale_too() -> None:
     np.testing.assert_allclose(answer(twin, planes), answer(generator, planes), atol=5e-3)
 
 
+def test_summands_too_small_for_the_headroom_do_without() -> None:
+    """A layer a ten-thousandth as strong, its biases too, made large again by the next one."""
+    rng, shrink = np.random.default_rng(0), 1e-4
+    generator = network(
+        [
+            ("Conv", ["raw", "w1", "b1"], "c1", SAME),
+            ("Relu", ["c1"], "r1", {}),
+            ("Conv", ["r1", "w2"], "c2", SAME),
+            ("Add", ["raw", "c2"], "refocused", {}),
+        ],
+        {
+            "w1": (random(8, 1, 3, 3) * shrink).astype(np.float32),
+            "b1": (rng.normal(0, 0.3, 8) * shrink).astype(np.float32),
+            "w2": (random(1, 8, 3, 3) / shrink).astype(np.float32),
+        },
+    )
+    planes = rng.normal(0, 1, (1, 1, 32, 32)).astype(np.float32)
+    assert psnr_db(answer(to_half(generator), planes), answer(generator, planes)) > 70
+
+
 def kept_weights(generator: bytes) -> list[onnx.TensorProto]:
     return list(onnx.load_from_string(generator).graph.initializer)
 

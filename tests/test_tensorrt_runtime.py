@@ -5,6 +5,7 @@ only their execution is played (tests/played_tensorrt.py). tests/gpu has the sam
 """
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,11 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from engine.package import Package
-from engine.runtimes import choose, open_runtime, tensorrt
+from engine.gpu import Device
+from engine.package import FILES, GOLDEN, Golden, Package, encode_golden, write
+from engine.plan import PlanMemoryError, Profile, Toolkit
+from engine.runtimes import choose, loaded, open_runtime, tensorrt
 from engine.runtimes.openvino import OpenVino
 from engine.runtimes.tensorrt import MAX_LOADED, SLOTS, TensorRt
 from engine.scaling import Scaling
+from engine.tiles import padded_shape
 from refocus.errors import EngineError, PackageError, RefocusError, RejectedError, SettingsError
 from tests import fake_driver, identity_package, played_tensorrt
 from tests.played_tensorrt import Played
@@ -142,6 +146,109 @@ def test_what_cannot_be_captured_is_run_step_by_step(negated: Package) -> None:
 
 
 @pytest.mark.usefixtures("gpu")
+def test_where_a_capture_fails_planes_are_run_step_by_step(negated: Package) -> None:
+    """The plan is not to blame: its plain run went well."""
+    raw = plane((48, 64))
+    told: list[str] = []
+    played = Played(played_tensorrt.master(negated))
+    played.refuses_capture = True
+    runtime = TensorRt(open_executable=played.open, say=told.append)
+    runtime.load(negated, raw.shape)
+    before = len(fake_driver.calls())
+    answer = runtime.refocus(raw, SCALING)
+    assert np.abs(answer.pixels.astype(int) - np.clip(200 - raw.astype(int), 0, 65535)).max() <= 1
+    assert "cuGraphLaunch" not in fake_driver.calls()[before:]
+    assert any("step by step" in line for line in told)
+    runtime.close()
+
+
+@pytest.mark.usefixtures("gpu")
+def test_no_plane_asks_the_driver_for_more_than_its_way(identity: Package) -> None:
+    """Kernels are looked up, and graphs captured, before the first plane."""
+    runtime, _ = opened(identity)
+    runtime.load(identity, (48, 64))
+    before = len(fake_driver.calls())
+    for dtype in (np.uint8, np.uint16):
+        runtime.refocus(plane((48, 64), dtype), SCALING)
+    names = set(fake_driver.calls()[before:])
+    assert names <= {"cuGraphLaunch", "cuEventRecord", "cuEventSynchronize"}
+    runtime.close()
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_plan_that_tensorrt_does_not_take_is_built_anew_once(identity: Package) -> None:
+    runtime, _ = opened(identity)
+    runtime.load(identity, (48, 64))  # it is in the cache from here on
+    runtime.close()
+    told: list[str] = []
+    played = Played(played_tensorrt.master(identity))
+    played.open_fails = [EngineError("does not take its own plan")]
+    runtime = TensorRt(open_executable=played.open, say=told.append)
+    runtime.load(identity, (48, 64))
+    assert len(played.plans) == 2
+    assert any("built anew: does not take its own plan" in line for line in told)
+    runtime.close()
+    played.open_fails = [EngineError("again"), EngineError("and again")]
+    runtime = TensorRt(open_executable=played.open)
+    with pytest.raises(EngineError, match="and again"):
+        runtime.load(identity, (48, 64))
+    runtime.close()
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_cannot_be_kept_on_disk_is_said_and_costs_nothing(identity: Package) -> None:
+    told: list[str] = []
+    played = Played(played_tensorrt.master(identity))
+    played.save_fails = OSError(errno.ENOSPC, "No space left on device")
+    runtime = TensorRt(open_executable=played.open, say=told.append)
+    raw = plane((48, 64))
+    runtime.load(identity, raw.shape)
+    np.testing.assert_array_equal(runtime.refocus(raw, SCALING).pixels, raw)
+    assert any("No space left" in line for line in told)
+    runtime.close()
+
+
+@pytest.mark.usefixtures("gpu")
+def test_golden_planes_may_be_larger_than_the_frame(identity: Package, tmp_path: Path) -> None:
+    large = plane((640, 640))
+    files = {name: (identity.folder / name).read_bytes() for name in FILES}
+    files[GOLDEN] = encode_golden([Golden(large, SCALING, large)])
+    package = write(tmp_path / "large", identity.manifest, files)
+    runtime, _ = opened(package)
+    runtime.load(package, (100, 100))
+    runtime.close()
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_shape_that_is_rejected_costs_no_other(identity: Package) -> None:
+    runtime, _ = opened(identity, scratch_bytes_per_px=1000)
+    runtime.load(identity, (64, 64))
+    runtime.load(identity, (80, 64))
+    with pytest.raises(RejectedError):
+        runtime.load(identity, (3000, 3000))
+    assert list(runtime._loaded) == [(identity.hash, (64, 64)), (identity.hash, (80, 64))]
+    runtime.close()
+
+
+@pytest.mark.usefixtures("gpu")
+def test_where_the_plan_takes_too_much_memory_smaller_ones_are_tried(
+    identity: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ensure = tensorrt.ensure
+
+    def ensure_small(package: Package, toolkit: Toolkit, device: Device, profile: Profile, **how):  # type: ignore[no-untyped-def]
+        if profile.most[0] > 1024:
+            raise PlanMemoryError("OutOfMemory (Requested size was 6465171712 bytes)")
+        return ensure(package, toolkit, device, profile, **how)
+
+    monkeypatch.setattr(tensorrt, "ensure", ensure_small)
+    runtime, _ = opened(identity)
+    runtime.load(identity, (1100, 1100))
+    assert runtime._loaded[identity.hash, (1100, 1100)].window == (544, 544)
+    runtime.close()
+
+
+@pytest.mark.usefixtures("gpu")
 def test_shapes_do_not_pile_up(identity: Package) -> None:
     runtime, played = opened(identity)
     for k in range(MAX_LOADED + 2):
@@ -185,19 +292,19 @@ def test_rubbish_does_not_come_out(identity: Package, level: float, reason: str)
 
 
 @pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize("shape", [(700, 400), (641, 1003), (200, 900)])
+@pytest.mark.parametrize("shape", [(700, 400), (641, 1003), (200, 900), (35, 1200)])
 def test_what_does_not_fit_goes_in_tiles_and_nobody_can_see_where(
     unet: Package, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensorrt, "CORES_PX", (512, 256))
+    monkeypatch.setattr(loaded, "CORES_PX", (512, 256))
     raw = plane(shape)
     whole, _ = opened(unet)
     whole.load(unet, shape)
     wanted = whole.refocus(raw, SCALING)
     whole.close()
-    padded_px = [-(-side // 16) * 16 for side in shape]
+    height, width = padded_shape(shape, 16)
     runtime, played = opened(unet, scratch_bytes_per_px=200)
-    fake_driver.set_memory(SLOTS * padded_px[0] * padded_px[1] * 190)
+    fake_driver.set_memory(SLOTS * height * width * 190)
     runtime.load(unet, shape)
     assert runtime._loaded[unet.hash, shape].is_tiled
     answer = runtime.refocus(raw, SCALING)

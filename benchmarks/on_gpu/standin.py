@@ -53,7 +53,7 @@ class StandIn:
         padded = (-(-shape[0] // stride) * stride, -(-shape[1] // stride) * stride)
         for _ in range(SLOTS):
             self._slots.append(Slot(self._gpu, networks, shape, padded))
-            self._slots[-1].take()
+            self._slots[-1].allocate()
         self._loaded = (package.hash, shape)
 
     def start(self, pixels: Pixels, scaling: Scaling) -> Answer:

@@ -23,8 +23,3 @@ class Generator(nn.Module):
         whose statistics were frozen in training does not count, it is a factor and a summand.
         """
         raise NotImplementedError
-
-
-def round_up(length_px: int, stride: int) -> int:
-    """The next multiple of *stride*."""
-    return -(-length_px // stride) * stride

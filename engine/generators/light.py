@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.generators.base import Generator, round_up
+from engine.generators.base import Generator
+from engine.tiles import round_up
 
 FOLD = 2
 SLOPE = 0.1

@@ -34,7 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from engine.generators.base import Generator, round_up
+from engine.generators.base import Generator
+from engine.tiles import round_up
 
 Norm = Literal["weight", "batch"]
 

@@ -36,7 +36,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from engine.generators.base import Generator, round_up
+from engine.generators.base import Generator
+from engine.tiles import round_up
 
 Upsampling = Literal["transposed", "resize"]
 Norm = Literal["instance", "sample", "batch"]

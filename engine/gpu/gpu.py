@@ -39,6 +39,7 @@ class Gpu:
         """How each kind is released, in the order in which `close` does it."""
         self._owned: dict[str, dict[int, int]] = {kind: {} for kind in self._drops}
         """Handle or address, and bytes where it is memory."""
+        self._kernels: dict[str, int] = {}
         with contextlib.ExitStack() as taken:
             driver.enter(device.index)
             taken.callback(driver.leave)
@@ -160,7 +161,9 @@ class Gpu:
     def kernel(self, name: str) -> int:
         """A kernel of convert.cu; valid until `close`."""
         with self._calls() as driver:
-            return driver.kernel(self._module, name)
+            if name not in self._kernels:
+                self._kernels[name] = driver.kernel(self._module, name)
+            return self._kernels[name]
 
     def launch(
         self,

@@ -186,7 +186,12 @@ class Pycuda:
 
     @_translated()
     def load(self, ptx: bytes) -> int:
-        return self._hold(cuda.module_from_buffer(ptx + b"\0"))
+        try:
+            return self._hold(cuda.module_from_buffer(ptx + b"\0"))
+        except UnicodeDecodeError as error:  # pycuda quotes a log even where none was written
+            raise GpuError(
+                "NVIDIA's driver: cuModuleLoadDataEx failed, and gave no reason"
+            ) from error
 
     @_translated()
     def unload(self, module: int) -> None:

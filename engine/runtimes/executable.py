@@ -11,6 +11,7 @@ A plan is executable code. Whoever comes here with one has had its seal checked 
 from pathlib import Path
 from typing import Any
 
+from engine.gpu import GpuMemoryError
 from engine.plan import Toolkit
 from engine.sealed import read_sealed, write_sealed
 from refocus.errors import EngineError
@@ -29,10 +30,7 @@ class Executable:
         self._runtime = toolkit.module.Runtime(toolkit.logger)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            raise EngineError(
-                f"{toolkit.name} does not take its own plan: {'; '.join(toolkit.messages())}; "
-                "`refocus doctor` shows what is installed"
-            )
+            raise _failure(toolkit, f"{toolkit.name} does not take its own plan")
         self._config: Any = None
         self._jit: Any = None
         self._jit_saved = 0
@@ -66,11 +64,11 @@ class Executable:
             else trt.ExecutionContextAllocationStrategy.USER_MANAGED
         )
         if context is None:
-            raise EngineError(f"TensorRT makes no context: {'; '.join(self._toolkit.messages())}")
+            raise _failure(self._toolkit, "TensorRT makes no context")
         return Context(self._engine, context, self._toolkit, padded, stream)
 
     def save_jit(self) -> None:
-        """Keeps what was compiled since the last time; the next start need not."""
+        """Keeps what was compiled since the last time; the next start need not. Raises OSError."""
         if self._jit is None:
             return
         compiled = bytes(memoryview(self._jit.serialize()))
@@ -106,7 +104,10 @@ class Context:
         self._require(context.set_optimization_profile_async(0, stream), "takes no profile")
         shape = (1, 1, *padded)
         self._require(context.set_input_shape(self._input, shape), f"does not take {shape}")
-        unresolved = context.infer_shapes()
+        try:
+            unresolved = context.infer_shapes()
+        except RuntimeError as error:
+            raise EngineError(f"TensorRT cannot tell the shapes: {error}") from error
         self._require(not unresolved, f"cannot tell the shape of {unresolved}")
         answer = tuple(context.get_tensor_shape(self._output))
         self._require(answer == shape, f"answers {answer} to {shape}")
@@ -134,6 +135,11 @@ class Context:
 
     def _require(self, went_well: object, what: str) -> None:
         if not went_well:
-            raise EngineError(
-                f"TensorRT {what}: {'; '.join(self._toolkit.messages()) or 'no reason given'}"
-            )
+            raise _failure(self._toolkit, f"TensorRT {what}")
+
+
+def _failure(toolkit: Toolkit, what: str) -> EngineError:
+    """*what*, with what TensorRT said; a kind of its own where it wanted more memory."""
+    said = "; ".join(toolkit.messages()) or "no reason given"
+    is_memory = "outofmemory" in said.lower().replace(" ", "")
+    return (GpuMemoryError if is_memory else EngineError)(f"{what}: {said}")

@@ -12,6 +12,7 @@ other.
 """
 
 from contextlib import ExitStack
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -55,6 +56,7 @@ class Slot:
         self._shape = shape
         self._padded = padded
         self._graphs: dict[np.dtype[np.generic], int] = {}
+        """None where the work cannot be captured: then it is enqueued step by step."""
         self._raw: Pixels | None = None
         with ExitStack() as closing:
             self._stream = gpu.stream()
@@ -63,11 +65,11 @@ class Slot:
             closing.callback(gpu.drop_event, self._done)
             self._network = networks.context(padded, self._stream)
             self.device_bytes = _device_bytes(shape, padded) + self._network.memory_bytes
-            """On the GPU, allocated by `take`."""
+            """On the GPU, taken by `allocate`."""
             self._closing = closing.pop_all()
 
-    def take(self) -> None:
-        """Allocate, and run once, after which a graph can be captured.
+    def allocate(self) -> None:
+        """Take the memory, run once, and capture the graphs.
 
         Raises GpuMemoryError where the GPU has too little memory left.
         """
@@ -88,9 +90,10 @@ class Slot:
         )
         self._host_raw[:] = 0
         self._host_params.view(np.float32)[:] = 0, 1, 1
-        self._enqueue(np.dtype(np.uint16))
+        self._enqueue(DTYPES[0])
         gpu.synchronize(self._stream)
-        self._captures = self._network.is_capturable(self._stream)
+        if self._network.is_capturable(self._stream):
+            self._capture()
 
     def start(self, pixels: Pixels, scaling: Scaling) -> None:
         """Begin with a plane of this slot's shape, uint8 or uint16."""
@@ -98,8 +101,8 @@ class Slot:
             self._gpu.wait(self._done)
         self._view(self._host_raw, pixels.dtype)[:] = pixels
         self._host_params.view(np.float32)[:] = params(scaling)
-        if self._captures:
-            self._gpu.replay(self._graph(pixels.dtype), self._stream)
+        if self.is_captured:
+            self._gpu.replay(self._graphs[pixels.dtype], self._stream)
         else:
             self._enqueue(pixels.dtype)
         self._gpu.record(self._done, self._stream)
@@ -138,10 +141,23 @@ class Slot:
             last.callback(self.settle)
             self._graphs.clear()
 
-    def _graph(self, dtype: np.dtype[np.generic]) -> int:
-        if dtype not in self._graphs:
-            self._graphs[dtype] = self._gpu.capture(self._stream, lambda: self._enqueue(dtype))
-        return self._graphs[dtype]
+    @property
+    def is_captured(self) -> bool:
+        """Whether a plane goes as one graph; it is slower step by step, and no less right."""
+        return len(self._graphs) == len(DTYPES)
+
+    def _capture(self) -> None:
+        """The plain run went well, so whatever fails in a capture is about capturing alone."""
+        try:
+            for dtype in DTYPES:
+                enqueue = partial(self._enqueue, dtype)
+                self._graphs[dtype] = self._gpu.capture(self._stream, enqueue)
+        except EngineError:
+            for graph in self._graphs.values():
+                self._gpu.drop_graph(graph)
+            self._graphs.clear()
+            self._enqueue(DTYPES[0])  # if the GPU itself is broken, it shows here
+            self._gpu.synchronize(self._stream)
 
     def _enqueue(self, dtype: np.dtype[np.generic]) -> None:
         gpu, stream, convert = self._gpu, self._stream, Converter(self._gpu, dtype)

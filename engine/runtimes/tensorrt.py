@@ -15,61 +15,36 @@ trusted any more: the worker leaves, and is started again.
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
-from itertools import product
-
-import numpy as np
 
 from engine.gate import check_golden
 from engine.gpu import Gpu, GpuError, GpuMemoryError, open_gpu
-from engine.package import Package
-from engine.plan import Profile, Toolkit, open_toolkit, profile_for, rtx_capability
+from engine.package import Package, read_golden
+from engine.plan import (
+    LARGEST_SQUARE_PX,
+    PlanMemoryError,
+    Profile,
+    Toolkit,
+    open_toolkit,
+    profile_for,
+    rtx_capability,
+)
 from engine.plan_cache import ensure
 from engine.runtimes import Answer, Refocused
 from engine.runtimes.executable import Executable
+from engine.runtimes.loaded import Loaded, Window, refocus_in_tiles, windows
 from engine.runtimes.slot import DTYPES, Slot
 from engine.scaling import Scaling
-from engine.tiles import Span, padded_shape, spans
+from engine.tiles import padded_shape
 from refocus.errors import EngineError, RejectedError, SettingsError
 from refocus.frame import Pixels
 
 SLOTS = 2
 MAX_LOADED = 2
 """Shapes kept, the latest used: a camera has one, a region of interest makes another."""
-LARGEST_PX = 8192
-"""Side of the largest plan."""
-CORES_PX = (4096, 2048, 1024, 512)
-"""Sides of tiles to try, without their halo."""
 LEFT_FREE = 0.1
 """Share of the free memory that is left to others: the screen hangs on the same GPU."""
-
-Window = tuple[int, int]
-"""(y, x) px of what is computed at once: the whole plane, or a tile with its halo."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    """A shape that is ready."""
-
-    shape: tuple[int, int]
-    window: Window
-    grid: list[tuple[Span, Span]]
-    """Tiles, rows and columns of each; none where the plane goes through whole."""
-    slots: deque[Slot]
-    """The one at the left has rested longest."""
-
-    @property
-    def is_tiled(self) -> bool:
-        return bool(self.grid)
-
-    def start(self, pixels: Pixels, scaling: Scaling) -> Slot:
-        """Begin with a window in the next slot."""
-        slot = self.slots[0]
-        self.slots.rotate(-1)
-        slot.start(pixels, scaling)
-        return slot
 
 
 class TensorRt:
@@ -98,7 +73,7 @@ class TensorRt:
         self._say = say
         self._package: Package | None = None
         self._executables: dict[tuple[str, Profile], Executable] = {}
-        self._loaded: OrderedDict[tuple[str, tuple[int, int]], _Loaded] = OrderedDict()
+        self._loaded: OrderedDict[tuple[str, tuple[int, int]], Loaded] = OrderedDict()
         self._flying = 0
 
     @property
@@ -115,10 +90,10 @@ class TensorRt:
         if key not in self._loaded:
             if self._flying:
                 raise EngineError("another shape was loaded while planes are in work")
-            while len(self._loaded) >= MAX_LOADED:
-                self._drop_oldest()
             self._loaded[key] = self._prepare(package, shape)
         self._loaded.move_to_end(key)
+        while len(self._loaded) > MAX_LOADED:
+            self._drop_oldest()
         self._package = package
 
     def start(self, pixels: Pixels, scaling: Scaling) -> Answer:
@@ -131,7 +106,7 @@ class TensorRt:
         def answer() -> Refocused:
             self._flying -= 1
             if slot is None:
-                return _refocus_in_tiles(loaded, pixels, scaling)
+                return refocus_in_tiles(loaded, pixels, scaling)
             return slot.finish()
 
         return answer
@@ -154,7 +129,7 @@ class TensorRt:
             self._executables.clear()
             self._loaded.clear()
 
-    def _ready_for(self, pixels: Pixels) -> _Loaded:
+    def _ready_for(self, pixels: Pixels) -> Loaded:
         if pixels.dtype not in DTYPES:
             raise RejectedError(
                 f"pixels are {pixels.dtype}; only uint8 and uint16 are refocused "
@@ -168,22 +143,22 @@ class TensorRt:
 
     # -- getting ready ---------------------------------------------------------------------------
 
-    def _prepare(self, package: Package, shape: tuple[int, int]) -> _Loaded:
+    def _prepare(self, package: Package, shape: tuple[int, int]) -> Loaded:
         """Slots for the whole plane, or else for the largest tiles that fit."""
-        reason = f"{shape[0]} x {shape[1]} px are more than any plan takes ({LARGEST_PX} px a side)"
-        for window, grid in _windows(package, shape):
+        most_px = LARGEST_SQUARE_PX
+        reason = f"{shape[0]} x {shape[1]} px are more than any plan takes ({most_px} px a side)"
+        for window, grid in windows(package, shape):
             try:
                 executable = self._executable(package, window)
-                slots = self._take_slots(package, executable, window)
-                return _Loaded(shape, window, grid, slots)
-            except GpuMemoryError as error:
+                return Loaded(shape, window, grid, self._slots(package, executable, window))
+            except (GpuMemoryError, PlanMemoryError) as error:
                 reason = str(error)
         tiles = "not even in tiles"
         if package.manifest.halo_px is None:
             tiles = f"nor in tiles, because {package.manifest.name} looks at the whole plane"
         raise RejectedError(f"{self._gpu.device.name} cannot refocus the plane, {tiles}: {reason}")
 
-    def _take_slots(self, package: Package, executable: Executable, window: Window) -> deque[Slot]:
+    def _slots(self, package: Package, executable: Executable, window: Window) -> deque[Slot]:
         slots: deque[Slot] = deque()
         padded = padded_shape(window, package.manifest.stride)
         with ExitStack() as failing:
@@ -192,15 +167,22 @@ class TensorRt:
                 failing.callback(slots[-1].close)
             self._make_room(sum(slot.device_bytes for slot in slots), window)
             for slot in slots:
-                slot.take()
+                slot.allocate()
             failing.pop_all()
-        executable.save_jit()
+        if not all(slot.is_captured for slot in slots):
+            self._say("this GPU's work cannot be captured as a graph: it runs step by step, slower")
+        try:
+            executable.save_jit()
+        except OSError as error:
+            self._say(f"what TensorRT compiled cannot be kept, every start will do so: {error}")
         return slots
 
     def _make_room(self, wanted_bytes: int, window: Window) -> None:
         """Raises GpuMemoryError where *wanted_bytes* cannot be had, decided from what is free."""
+        slots = [slot for loaded in self._loaded.values() for slot in loaded.slots]
+        could_be_bytes = self._free_bytes() + sum(slot.device_bytes for slot in slots)
         while wanted_bytes > (have_bytes := self._free_bytes()):
-            if not self._loaded:
+            if wanted_bytes > could_be_bytes or not self._loaded:
                 raise GpuMemoryError(
                     f"{window[0]} x {window[1]} px take {wanted_bytes / 2**20:.0f} MiB on the GPU, "
                     f"{have_bytes / 2**20:.0f} MiB are free; close what else uses it"
@@ -212,11 +194,12 @@ class TensorRt:
 
     def _executable(self, package: Package, window: Window) -> Executable:
         """The plan for *window*, deserialised and proven."""
-        profile = profile_for(window, package.manifest.stride)
+        shapes = [window, *(golden.pixels.shape for golden in read_golden(package))]
+        height, width = (max(shape[k] for shape in shapes) for k in (0, 1))
+        profile = profile_for((height, width), package.manifest.stride)
         key = (package.hash, profile)
         if key not in self._executables:
-            plan = ensure(package, self._toolkit, self._gpu.device, profile, say=self._say)
-            executable = self._open_executable(self._toolkit, plan.data, plan.jit_cache)
+            executable = self._open(package, profile)
             try:
                 self._prove(package, executable)
             except BaseException:
@@ -225,6 +208,22 @@ class TensorRt:
             self._executables[key] = executable
         return self._executables[key]
 
+    def _open(self, package: Package, profile: Profile) -> Executable:
+        """A plan that TensorRT does not take, although its seal is right, is built anew, once."""
+        plan = ensure(package, self._toolkit, self._gpu.device, profile, say=self._say)
+        try:
+            return self._open_executable(self._toolkit, plan.data, plan.jit_cache)
+        except GpuError:
+            raise
+        except EngineError as error:
+            if plan.built_s:
+                raise
+            self._say(f"the plan is built anew: {error}")
+            plan.path.unlink(missing_ok=True)
+            plan.jit_cache.unlink(missing_ok=True)
+        plan = ensure(package, self._toolkit, self._gpu.device, profile, say=self._say)
+        return self._open_executable(self._toolkit, plan.data, plan.jit_cache)
+
     def _prove(self, package: Package, executable: Executable) -> None:
         """Raises PackageError where the plan's answers are not the package's own."""
 
@@ -232,7 +231,8 @@ class TensorRt:
             shape = (pixels.shape[0], pixels.shape[1])
             padded = padded_shape(shape, package.manifest.stride)
             with closing(Slot(self._gpu, executable, shape, padded)) as slot:
-                slot.take()
+                self._make_room(slot.device_bytes, shape)
+                slot.allocate()
                 slot.start(pixels, scaling)
                 return slot.finish().pixels.copy()
 
@@ -251,55 +251,3 @@ def _close_with(last: ExitStack, slots: Iterable[Slot]) -> None:
         last.callback(slot.close)
     for slot in slots:
         last.callback(slot.settle)  # the last come first
-
-
-def _windows(
-    package: Package, shape: tuple[int, int]
-) -> Iterator[tuple[Window, list[tuple[Span, Span]]]]:
-    """What could be computed at once, the largest first, with the tiles that the plane makes."""
-    if max(shape) <= LARGEST_PX:
-        yield shape, []
-    stride, halo_px = package.manifest.stride, package.manifest.halo_px
-    if halo_px is None:
-        return
-    whole = [_round_up(side, stride) for side in shape]
-    for core_px in (_round_up(side, stride) for side in CORES_PX):
-        window = tuple(min(core_px + 2 * halo_px, side) for side in whole)
-        if window != tuple(whole) and max(window) <= LARGEST_PX:
-            rows, columns = (spans(side, core_px, halo_px, stride) for side in shape)
-            yield (window[0], window[1]), list(product(rows, columns))
-
-
-def _refocus_in_tiles(loaded: _Loaded, raw: Pixels, scaling: Scaling) -> Refocused:
-    """The whole plane, tile by tile. Clipped pixels in the halo of a neighbour count twice."""
-    answer = np.empty_like(raw)
-    clipped = 0
-    under_way: deque[tuple[Slot, Span, Span]] = deque()
-
-    def keep_oldest() -> int:
-        slot, rows, columns = under_way.popleft()
-        made = slot.finish()
-        kept = slice(rows.start, rows.stop), slice(columns.start, columns.stop)
-        answer[kept] = made.pixels[_inner(rows), _inner(columns)]
-        return made.clipped
-
-    for rows, columns in loaded.grid:
-        if len(under_way) == len(loaded.slots):
-            clipped += keep_oldest()
-        tile = raw[rows.read_start : rows.read_stop, columns.read_start : columns.read_stop]
-        # Only where the plane ends off the stride grid: padded as a whole plane would be.
-        missing = [(0, wanted - got) for wanted, got in zip(loaded.window, tile.shape, strict=True)]
-        tile = np.pad(tile, missing, mode="reflect") if any(map(any, missing)) else tile
-        under_way.append((loaded.start(tile, scaling), rows, columns))
-    while under_way:
-        clipped += keep_oldest()
-    return Refocused(answer, clipped)
-
-
-def _inner(span: Span) -> slice:
-    """The part of a tile that is kept, counted from the tile's own beginning."""
-    return slice(span.start - span.read_start, span.stop - span.read_start)
-
-
-def _round_up(side: int, stride: int) -> int:
-    return -(-side // stride) * stride
