@@ -7,8 +7,9 @@ later, and this endpoint is opened: frames are encrypted, a worker knows that it
 recorder, and the recorder that it talks to a worker whose key is in its key set (`refocus.keys`).
 
 ZeroMQ asks a ZAP handler about every key: a socket here, answered by the link's own thread. Without
-an answer nobody gets in. A key set is looked at again every second, so that a right which was
-given, or taken away, needs no new start.
+an answer nobody gets in. The key set is looked at again every second, so that a right which was
+given, or taken away, needs no new start. A right belongs to a key under a name: where the name has
+been given to a new key meanwhile, the old one has none.
 
 ZeroMQ accepts any number of connections, and each takes a file of this process, of which the
 writer of raw needs some: strangers that hold 1000 connections would end a recording. So whoever
@@ -20,7 +21,7 @@ import logging
 import os
 import secrets
 import socket
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -43,7 +44,9 @@ MOST_CONNECTIONS = 128
 """Two a worker; a process on Linux may usually open 1024 files."""
 MOST_EVENTS = 256
 """Comings and goings counted in a row before the link looks at anything else."""
-LOOK_AGAIN_NS = 1_000_000_000
+LOOK_AGAIN_S = 1.0
+CLOSE_S = 1.0
+"""A key set on a network drive that hangs must not keep a run from being closed."""
 MOST_REFUSALS_TOLD = 64
 
 
@@ -52,6 +55,58 @@ class Outside(NamedTuple):
 
     address: str
     keys: Path
+
+
+class Remote(NamedTuple):
+    """A worker on another host, as its key says: nothing that it says itself is in here."""
+
+    public: str
+    name: str
+    """What the key set calls that key; empty: it is not in there any more."""
+
+
+class Rights:
+    """Which keys may come in, by the key set in *folder*; any thread.
+
+    A thread of its own reads it, because a folder on a network drive may hang, and workers on this
+    computer must not wait for that. What cannot be read now stays as it was, and *on_trouble* is
+    told.
+    """
+
+    def __init__(self, folder: Path, on_trouble: Callable[[str], None]) -> None:
+        self._folder = folder
+        self._on_trouble = on_trouble
+        self._is_told = False
+        self._names: dict[str, str] = {}
+        self._stopping = threading.Event()
+        self._look()
+        self._thread = threading.Thread(target=self._run, name="refocus-keys", daemon=True)
+        self._thread.start()
+
+    def name(self, public: str) -> str:
+        """Of the worker with that key, empty where it has no right to come in."""
+        return self._names.get(public, "")
+
+    def close(self) -> None:
+        """Returns soon, also where the folder hangs."""
+        self._stopping.set()
+        self._thread.join(CLOSE_S)
+
+    def _run(self) -> None:
+        while not self._stopping.wait(LOOK_AGAIN_S):
+            self._look()
+
+    def _look(self) -> None:
+        try:
+            self._names = keys.allowed(self._folder)
+            self._is_told = False
+        except OSError as error:
+            if not self._is_told:
+                self._on_trouble(
+                    f"the key set {self._folder} cannot be read ({error.strerror}): until it can, "
+                    "workers on other hosts keep the rights that they had"
+                )
+            self._is_told = True
 
 
 class Door:
@@ -69,8 +124,6 @@ class Door:
     ) -> None:
         key = keys.read_recorder(outside.keys)
         self._folder = outside.keys
-        self._allowed: dict[str, str] = {}
-        self._looked_ns = 0
         self._port = 0
         self._connected: set[int] = set()
         self._refused: set[str] = set()
@@ -98,17 +151,17 @@ class Door:
                 f"({error}); another recorder, or refocus fill, may use it: end that, or choose "
                 "another port"
             )
+        self._rights = Rights(outside.keys, on_trouble)
 
     def answer(self) -> None:
         """Says to ZeroMQ whether the next key may come in; to be called when `zap` is readable."""
         version, request, _, address, _, mechanism, *credentials = self.zap.recv_multipart()
         public = z85.encode(credentials[0]).decode() if mechanism == b"CURVE" else ""
-        name = self._names().get(public)
-        if name is None:
+        if not self._rights.name(public):
             self._tell_refused(public, address.decode(errors="replace"))
             self.zap.send_multipart([version, request, b"400", b"unknown key", b"", b""])
             return
-        user = f"{self._mark} {name}".encode()
+        user = f"{self._mark} {public}".encode()
         self.zap.send_multipart([version, request, b"200", b"", user, b""])
 
     def count(self) -> None:
@@ -125,20 +178,23 @@ class Door:
             if len(self._connected) > MOST_CONNECTIONS:
                 self._cut_off(connection)
 
-    def worker(self, part: zmq.Frame) -> str:
-        """Name of the worker on another host that sent *part*; empty: it came from this one."""
+    def remote(self, part: zmq.Frame) -> Remote | None:
+        """The worker on another host that sent *part*; None: it came from this one."""
         try:
-            mark, _, name = str(part.get("User-Id")).partition(" ")
+            mark, _, public = str(part.get("User-Id")).partition(" ")
         except zmq.ZMQError:  # nobody was asked about this connection
-            return ""
-        return name if secrets.compare_digest(mark.encode(), self._mark.encode()) else ""
+            return None
+        if not secrets.compare_digest(mark.encode(), self._mark.encode()):
+            return None
+        return Remote(public, self._rights.name(public))
 
-    def lets_in(self, name: str) -> bool:
-        """Whether worker *name* still has its right."""
-        return name in self._names().values()
+    def has_right(self, remote: Remote) -> bool:
+        """Whether *remote* may be here, still under the name that it had."""
+        return bool(remote.name) and self._rights.name(remote.public) == remote.name
 
     def close(self) -> None:
         """Nobody is let in any more."""
+        self._rights.close()
         self._router.disable_monitor()
         self.comings.close(0)
         self.zap.close(0)
@@ -148,20 +204,17 @@ class Door:
             return  # handles are plenty there, and cannot be looked at safely
         # ZeroMQ may have closed it meanwhile, and anything may have got its number: a duplicate
         # stays what it is, and only a connection to our own port is shut.
-        with (
-            contextlib.suppress(OSError),
-            socket.socket(fileno=os.dup(descriptor)) as connection,
-        ):
-            of_network = connection.family in (socket.AF_INET, socket.AF_INET6)
-            if of_network and connection.getsockname()[1] == self._port:
-                connection.shutdown(socket.SHUT_RDWR)
-
-    def _names(self) -> dict[str, str]:
-        now_ns = time.monotonic_ns()
-        if not self._looked_ns or now_ns - self._looked_ns > LOOK_AGAIN_NS:
-            self._allowed = keys.allowed(self._folder)
-            self._looked_ns = now_ns
-        return self._allowed
+        with contextlib.suppress(OSError):
+            duplicate = os.dup(descriptor)
+            try:
+                connection = socket.socket(fileno=duplicate)
+            except OSError:  # a file has got the number
+                os.close(duplicate)
+                return
+            with connection:
+                of_network = connection.family in (socket.AF_INET, socket.AF_INET6)
+                if of_network and connection.getsockname()[1] == self._port:
+                    connection.shutdown(socket.SHUT_RDWR)
 
     def _tell_refused(self, public: str, address: str) -> None:
         if public in self._refused or len(self._refused) == MOST_REFUSALS_TOLD:

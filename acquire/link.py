@@ -23,10 +23,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from acquire.door import Outside
+from acquire.door import Outside, Remote
 from acquire.exchange import Exchange
 from acquire.intake import Intake
-from acquire.peers import Limits, Peer, Roster
+from acquire.peers import Limits, Peer, Roster, in_words
 from acquire.router import Router
 from acquire.shared import SharedPixels
 from engine.package import Package
@@ -42,6 +42,10 @@ MAX_PLANES_WAITING = 8
 """Refocused planes that may wait for the disk; with more the engine pauses, frames are skipped."""
 MOST_MESSAGES = 64
 """Messages handled in a row before the link looks at anything else."""
+MOST_NOTES = 4096
+"""Comings and goings of workers that a run notes: none of them may fill its journal."""
+MOST_REFUSALS_TOLD = 64
+NO_RIGHT = "its key was taken out of the recorder's key set"
 
 
 class Link:
@@ -84,6 +88,8 @@ class Link:
         self.runtime = ""
         """What the latest worker that gets frames runs the generator with."""
         self._last_beat_ns = 0
+        self._notes = 0
+        self._told: set[str] = set()
         self._wishes: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._ready = threading.Event()
@@ -204,9 +210,8 @@ class Link:
                     self._handle(identity, message, pixels)
             except WireError as error:
                 log.warning("a message was thrown away: %s", error)
-                for peer in list(self._roster.peers.values()):
-                    if identity in (peer.identity, peer.beat_identity):
-                        self._give_up(peer, f"malformed message: {error}")
+                for peer in self._roster.at(identity):
+                    self._give_up(peer, f"malformed message: {error}")
 
     def _handle(self, identity: bytes, message: wire.Message, pixels: Pixels | None) -> None:
         peer = self._roster.peers.get(message.epoch)
@@ -231,18 +236,32 @@ class Link:
             case _:
                 raise WireError(f"a worker does not send {type(message).__name__}")
 
-    def _introduce(self, identity: bytes, hello: wire.Hello, remote: str) -> None:
+    def _introduce(self, identity: bytes, hello: wire.Hello, remote: Remote | None) -> None:
         refusal = self._roster.refusal(hello, remote)
+        if not self._router.has_right(remote):
+            refusal = NO_RIGHT
         if refusal:
-            log.warning("worker %s was refused: %s", remote or f"(pid {hello.pid})", refusal)
-            self._router.send(identity, wire.Bye(epoch=hello.epoch, refused=refusal))
+            self._refuse(identity, hello, remote, refusal)
             return
+        known = self._roster.at(identity)
+        for before in known:
+            self._retire(before, "its worker introduced itself again")
         peer = self._roster.enter(hello, identity, remote, time.monotonic_ns())
         if hello.shared_memory and self._may_share and not remote:
             peer.shared = SharedPixels(hello.credit + MAX_PLANES_WAITING)
-        self._note("worker_ready", **peer.who, runtime=hello.runtime, shapes=hello.shapes)
+        if not known:
+            self._note_worker("worker_ready", peer, runtime=hello.runtime, shapes=hello.shapes)
         self._on_ready(peer.pid)
         self._mark_ready()
+
+    def _refuse(
+        self, identity: bytes, hello: wire.Hello, remote: Remote | None, refusal: str
+    ) -> None:
+        line = f"worker {in_words(hello, remote)} was refused: {refusal}"
+        if line not in self._told and len(self._told) < MOST_REFUSALS_TOLD:
+            self._told.add(line)  # it may try again and again
+            log.warning(line)
+        self._router.send(identity, wire.Bye(epoch=hello.epoch, refused=refusal))
 
     def _late(self, identity: bytes, message: wire.Message) -> None:
         """Something under an epoch that is not (or no longer) known."""
@@ -258,16 +277,15 @@ class Link:
 
     def _watch(self, now_ns: int) -> None:
         for peer in list(self._roster.peers.values()):
-            if fault := peer.fault(now_ns, self._limits):
-                self._give_up(peer, fault)
-            elif not self._router.lets_in(peer.remote):
-                refusal = "its key was taken out of the recorder's key set"
-                self._router.send(peer.identity, wire.Bye(epoch=peer.hello.epoch, refused=refusal))
-                self._give_up(peer, refusal)
+            if reason := peer.why_give_up(now_ns, self._limits):
+                self._give_up(peer, reason)
+            elif not self._router.has_right(peer.remote):
+                self._router.send(peer.identity, wire.Bye(epoch=peer.hello.epoch, refused=NO_RIGHT))
+                self._give_up(peer, NO_RIGHT)
 
     def _give_up(self, peer: Peer, reason: str) -> None:
-        log.warning("worker %s given up: %s", peer.remote or f"(pid {peer.pid})", reason)
-        self._note("worker_gone", **peer.who, reason=reason)
+        log.warning("worker %s given up: %s", peer.words, reason)
+        self._note_worker("worker_gone", peer, reason=reason)
         self._retire(peer, f"its worker was given up: {reason}")
         self._on_gone(peer.pid, reason)
 
@@ -291,8 +309,14 @@ class Link:
             frame = self._intake.take_newest() if peer is not None else None
             if peer is None or frame is None:
                 return
+            self._roster.given_up.forget(frame.header.seq)
             if not self._exchange.hand_out(peer, frame):
                 self._give_up(peer, "unreachable")
+
+    def _note_worker(self, kind: str, peer: Peer, **fields: object) -> None:
+        self._notes += 1
+        if self._notes <= MOST_NOTES:
+            self._note(kind, **peer.who, **fields)
 
     def _note(self, kind: str, **fields: object) -> None:
         self._intake.note(lambda run: run.note_event(kind, **fields))

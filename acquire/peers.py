@@ -1,14 +1,15 @@
-"""Whom the link serves: generators that are let in, their workers, epochs that were given up.
+"""Whom the link serves: the generators that are wanted, their workers, epochs that are over.
 
-One generator is in use: its workers get the frames. The workers of others may be let in beforehand,
-so that they are ready when theirs is put to use. Workers whose generator is not let in any more
-get nothing new; what they have they finish, then they are told to leave.
+One generator is in use: its workers get the frames. Others may be let in beforehand, so that their
+workers are ready when they are put to use. Workers whose generator was turned away get nothing new;
+what they have they finish, then they are told to leave.
 """
 
 import hmac
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
+from acquire.door import Remote
 from acquire.items import Maker
 from acquire.shared import SharedPixels
 from engine.package import Package
@@ -40,8 +41,8 @@ class Peer:
     seen_ns: int
     progress_ns: int
     """When it last got a frame while idle, answered one, or said what it is doing."""
-    remote: str = ""
-    """Its name, by its key, where it is on another host; empty on this one."""
+    remote: Remote | None = None
+    """Who it is by its key, where it is on another host; None on this one."""
     beat_identity: bytes | None = None
     busy: str = ""
     at: int | None = None
@@ -64,14 +65,19 @@ class Peer:
     @property
     def who(self) -> dict[str, str | int]:
         """It in the journal."""
-        return {"remote": self.remote} if self.remote else {"pid": self.pid}
+        return {"remote": self.remote.name} if self.remote else {"pid": self.pid}
+
+    @property
+    def words(self) -> str:
+        """It in a line for people."""
+        return in_words(self.hello, self.remote)
 
     @property
     def credit(self) -> int:
         """Frames that it can be given now."""
         return self.hello.credit - len(self.working)
 
-    def fault(self, now_ns: int, limits: Limits) -> str:
+    def why_give_up(self, now_ns: int, limits: Limits) -> str:
         """Why it must be given up, or nothing."""
         silent_ns = now_ns - self.seen_ns
         if silent_ns > limits.silence:
@@ -107,6 +113,11 @@ class GivenUp:
         lost.discard(seq)
         return True
 
+    def forget(self, seq: int) -> None:
+        """The frame goes to a worker again: what those say who lost it counts no more."""
+        for lost in self._lost.values():
+            lost.discard(seq)
+
     def should_renew(self, epoch: str, now_ns: int, limits: Limits) -> bool:
         """Whether a worker that beats under *epoch* has to introduce itself again.
 
@@ -122,7 +133,11 @@ class GivenUp:
 
 
 class Roster:
-    """The generators that are let in, and their workers. Workers have to know *secret*."""
+    """Which generators may have workers, and the workers that they have.
+
+    A generator is `let_in`, `use`d and `turn_away`ed by the recorder. A worker `enter`s where its
+    HELLO has no `refusal`: its generator is let in, and it knows *secret* or has shown a key.
+    """
 
     def __init__(self, secret: str) -> None:
         self._secret = secret
@@ -148,14 +163,14 @@ class Roster:
         self.let_in(package)
         self.in_use = package
 
-    def refusal(self, hello: wire.Hello, remote: str) -> str:
+    def refusal(self, hello: wire.Hello, remote: Remote | None) -> str:
         """Why whoever says *hello* must not get a frame, or nothing.
 
-        *remote*: its name, where a key has proved already that it may come in.
+        *remote*: who it is, where a key has proved that; whether it has a right is not asked here.
         """
         if hello.protocol != wire.PROTOCOL:
             return f"it speaks protocol {hello.protocol}, this daemon {wire.PROTOCOL}"
-        if not remote and not hmac.compare_digest(hello.secret.encode(), self._secret.encode()):
+        if remote is None and not hmac.compare_digest(hello.secret.encode(), self._secret.encode()):
             return "it does not know the secret"
         if hello.model not in self._let_in:
             wanted = _words(self.in_use) if self.in_use else "none now"
@@ -164,7 +179,12 @@ class Roster:
             return "its epoch was used before"
         return ""
 
-    def enter(self, hello: wire.Hello, identity: bytes, remote: str, now_ns: int) -> Peer:
+    def at(self, identity: bytes) -> list[Peer]:
+        """Workers that speak, or let their heart beat, over that connection."""
+        peers = self.peers.values()
+        return [peer for peer in peers if identity in (peer.identity, peer.beat_identity)]
+
+    def enter(self, hello: wire.Hello, identity: bytes, remote: Remote | None, now_ns: int) -> Peer:
         """A worker that was not refused."""
         package = self._let_in[hello.model]
         peer = Peer(hello, package, identity, now_ns, now_ns, remote)
@@ -195,6 +215,11 @@ class Roster:
         """Workers that have to leave and have finished what they had."""
         peers = self.peers.values()
         return [p for p in peers if p.package.hash not in self._let_in and not p.working]
+
+
+def in_words(hello: wire.Hello, remote: Remote | None) -> str:
+    """Whoever said *hello*, in a line for people."""
+    return remote.name if remote else f"(pid {hello.pid})"
 
 
 def _words(package: Package) -> str:

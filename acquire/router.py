@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import zmq
 
-from acquire.door import Door, Outside
+from acquire.door import Door, Outside, Remote
 from refocus import wire
 from refocus.errors import EngineError, RefocusError
 from refocus.frame import Pixels
@@ -85,13 +85,13 @@ class Router:
             return False
         return True
 
-    def remote(self, part: zmq.Frame) -> str:
-        """Name of the worker on another host that sent *part*; empty: it came from this one."""
-        return self._door.worker(part) if self._door is not None else ""
+    def remote(self, part: zmq.Frame) -> Remote | None:
+        """The worker on another host that sent *part*; None: it came from this one."""
+        return self._door.remote(part) if self._door is not None else None
 
-    def lets_in(self, remote: str) -> bool:
-        """Whether worker *remote* has a right to be here (still); one of this host has."""
-        return not remote or (self._door is not None and self._door.lets_in(remote))
+    def has_right(self, remote: Remote | None) -> bool:
+        """Whether *remote* may be here (still); None, a worker on this computer, always may."""
+        return remote is None or (self._door is not None and self._door.has_right(remote))
 
     def close(self) -> None:
         """Messages that are not on their way yet are dropped."""

@@ -114,8 +114,8 @@ def remove(folder: Path, name: str) -> None:
     """Takes worker *name*'s right away. Raises SettingsError where it has none."""
     read_recorder(folder)
     held = [_public_file(folder, name), folder / f"worker-{name}.key"]
-    if not _NAME.fullmatch(name) or not any(file.exists() for file in held):
-        known = ", ".join(sorted(allowed(folder).values())) or "nobody"
+    if not _NAME.fullmatch(name) or not any(_is_file(file) for file in held):
+        known = ", ".join(names(folder)) or "nobody"
         raise SettingsError(f"{folder} knows no worker {name!r}; it lets in {known}")
     try:
         for file in held:
@@ -126,7 +126,7 @@ def remove(folder: Path, name: str) -> None:
 
 def read_recorder(folder: Path) -> RecorderKey:
     """The recorder's key. Raises SettingsError where it is missing, damaged or open to others."""
-    if not (folder / RECORDER).is_file():
+    if not _is_file(folder / RECORDER):
         raise SettingsError(
             f"no key set in {folder}: it has no {RECORDER}; make one with refocus keys new {folder}"
         )
@@ -136,7 +136,7 @@ def read_recorder(folder: Path) -> RecorderKey:
 
 def read_worker(path: Path) -> WorkerKey:
     """A worker's key file. Raises SettingsError where it is missing, damaged or open to others."""
-    if not path.is_file():
+    if not _is_file(path):
         raise SettingsError(
             f"no key file {path}; it is made where the recorder is, with refocus keys add, and "
             "moved here"
@@ -148,15 +148,28 @@ def read_worker(path: Path) -> WorkerKey:
 def allowed(folder: Path) -> dict[str, str]:
     """Names of the workers that may connect, by their public keys.
 
-    A file that is damaged, or just being written, lets nobody in.
+    A file that is damaged, just being written, or not ours to read lets nobody in, and so does a
+    folder that is not there. Raises OSError where it is there and cannot be read now.
     """
     found = {}
-    for file in (folder / WORKERS).glob("*.pub"):
+    try:
+        files = [file for file in (folder / WORKERS).iterdir() if file.suffix == ".pub"]
+    except FileNotFoundError:
+        return {}
+    for file in files:
         try:
             found[_read(file, "public")["public"]] = file.stem
-        except (OSError, SettingsError):
+        except (FileNotFoundError, PermissionError, SettingsError):
             continue
     return found
+
+
+def names(folder: Path) -> list[str]:
+    """The workers that may connect. Raises SettingsError where that cannot be read."""
+    try:
+        return sorted(allowed(folder).values())
+    except OSError as error:
+        raise SettingsError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
 def show(socket: "zmq.Socket[bytes]", key: WorkerKey) -> None:
@@ -169,6 +182,13 @@ def show(socket: "zmq.Socket[bytes]", key: WorkerKey) -> None:
 def _pair() -> tuple[str, str]:
     public, secret = zmq.curve_keypair()
     return public.decode(), secret.decode()
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _public_file(folder: Path, name: str) -> Path:

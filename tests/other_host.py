@@ -38,7 +38,8 @@ def far_settings(
 
 def remotes(b: Branch) -> list[str]:
     """Names of the workers on other hosts that the link has now."""
-    return sorted(peer.remote for peer in list(b.engine.link._roster.peers.values()) if peer.remote)
+    peers = list(b.engine.link._roster.peers.values())
+    return sorted(peer.remote.name for peer in peers if peer.remote)
 
 
 class OtherHost:

@@ -8,11 +8,13 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from acquire.fill import fill
+from acquire.peers import Peer
 from engine.package import Package
 from refocus import keys
 from refocus.frame import RefocusOutcome
@@ -105,9 +107,12 @@ def test_local_and_remote_workers_share_the_frames(
     made_by = set()
     exchange = b.engine.link._exchange
     result = exchange.result
-    monkeypatch.setattr(
-        exchange, "result", lambda peer, *rest: (made_by.add(peer.remote), result(peer, *rest))
-    )
+
+    def noted(peer: Peer, *rest: Any) -> None:
+        made_by.add(peer.remote.name if peer.remote else "")
+        result(peer, *rest)
+
+    monkeypatch.setattr(exchange, "result", noted)
     while made_by != {"", "one", "two"}:
         sent = [b.send() for _ in range(4)]
         b.drain(b.answered(*sent))

@@ -84,7 +84,7 @@ def _list(arguments: argparse.Namespace) -> int:
     from refocus import keys
 
     keys.read_recorder(arguments.folder)
-    names = sorted(keys.allowed(arguments.folder).values())
+    names = keys.names(arguments.folder)
     for name in names:
         waiting = (arguments.folder / f"worker-{name}.key").exists()
         print(f"{name}{'  (its secret is still here: move it to its computer)' * waiting}")
