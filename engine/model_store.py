@@ -6,25 +6,29 @@ chosen, in order; the last is the current one. It is what the setting `generator
 and where none was chosen that is the shipped `fluorescence`.
 
 Whatever changes is written beside its place, synced, and moved there: a reader finds the old state
-or the new one, also after a power cut. What cannot be read is a PackageError that says what to do.
-Nothing falls back on another generator by itself: the planes would look different, and nobody would
-know why.
+or the new one, also after a power cut. Several may choose at once: changes to what was chosen wait
+for each other. Choosing the current one again is a change, too: whoever follows tries it again.
+
+What cannot be read is a PackageError that says what to do. Nothing falls back on another generator
+by itself: the planes would look different, and nobody would know why.
 """
 
 import contextlib
 import hashlib
 import os
-import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import msgspec
 import platformdirs
 
 from engine import package
-from engine.package import FILES, MANIFEST, Package
+from engine.install import install, sync_folder
+from engine.package import MANIFEST, Package
 from refocus.errors import PackageError
 
 CURRENT = "current"
@@ -32,8 +36,6 @@ CURRENT = "current"
 UNCHOSEN = "fluorescence"
 """The current one where none was chosen."""
 FORMAT = 1
-HASH_DIGITS = 12
-"""Of a package's hash, at the end of its folder's name."""
 CHOOSE = "choose one with `refocus models use`"
 
 
@@ -92,13 +94,16 @@ def find(name_or_path: str | Path) -> Path:
     )
 
 
-def find_by_hash(package_hash: str) -> Path | None:
-    """Folder of the shipped or installed generator of that hash; None: it is not here."""
-    return next((folder for folder in _folders() if _hash(folder) == package_hash), None)
+def find_by_hash(package_hash: str) -> list[Path]:
+    """Folders of the shipped and installed generators of that hash; `load` knows the sound ones."""
+    return [folder for folder in _folders() if _hash(folder) == package_hash]
 
 
 def stamp() -> tuple[int, ...]:
-    """Something cheap that is another after every `use` and `rollback`, by any process."""
+    """Something cheap that is another after every `use` and `rollback`, by any process.
+
+    Also where the same one was chosen again: what kept it from working may be gone.
+    """
     try:
         found = _pointer_path().stat()
     except OSError:
@@ -114,14 +119,14 @@ def use(name_or_path: str | Path) -> Package:
     found = package.load(find(name_or_path))
     if found.folder.parent not in (package.SHIPPED, store_folder()):
         with _writing():
-            found = _install(found)
-    try:
-        chosen = _read_pointer().chosen
-    except PackageError:  # damaged: what was chosen before is gone anyway
-        chosen = ()
-    if chosen[-1:] != (found.folder.name,):
-        with _writing():
-            _write_pointer((*chosen, found.folder.name))
+            found = install(found, store_folder())
+    name = found.folder.name
+    with _writing(), _alone():
+        try:
+            chosen = _read_pointer().chosen
+        except PackageError:  # damaged: what was chosen before is gone anyway
+            chosen = ()
+        _write_pointer(chosen if chosen[-1:] == (name,) else (*chosen, name))
     return found
 
 
@@ -131,14 +136,13 @@ def rollback() -> Package:
     Raises PackageError where there was none, it is not sound any more, or the store cannot be
     written.
     """
-    chosen = _read_pointer().chosen
-    if not chosen:
+    if not _read_pointer().chosen:
         raise PackageError(
             f"nothing to go back to: none was chosen, {UNCHOSEN} is the current generator anyway"
         )
-    before = chosen[:-1]
-    found = package.load(_folder(before[-1] if before else UNCHOSEN))
-    with _writing():
+    with _writing(), _alone():
+        before = _read_pointer().chosen[:-1]
+        found = package.load(_folder(before[-1] if before else UNCHOSEN))
         _write_pointer(before)
     return found
 
@@ -166,7 +170,11 @@ def listed() -> tuple[list[Listed], str]:
 
 def _folders() -> Iterator[Path]:
     for place in (package.SHIPPED, store_folder()):
-        for manifest in sorted(place.glob(f"*/{MANIFEST}")):
+        try:
+            manifests = sorted(place.glob(f"*/{MANIFEST}"))
+        except OSError as error:
+            raise PackageError(f"the generators in {place} cannot be listed: {error}") from error
+        for manifest in manifests:
             if not manifest.parent.name.startswith("."):  # a copy that was never finished
                 yield manifest.parent
 
@@ -174,7 +182,7 @@ def _folders() -> Iterator[Path]:
 def _own_name(folder: Path) -> str | None:
     try:
         return msgspec.json.decode((folder / MANIFEST).read_bytes(), type=_Named).name
-    except (OSError, msgspec.DecodeError):
+    except (OSError, ValueError, RecursionError):  # msgspec's own are ValueErrors
         return None
 
 
@@ -210,7 +218,7 @@ def _read_pointer() -> _Pointer:
         pointer = msgspec.json.decode(path.read_bytes(), type=_Pointer)
     except FileNotFoundError:
         return _Pointer()
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PackageError(
             f"which generator is current cannot be read: {path}: {error}; {CHOOSE}"
         ) from error
@@ -230,9 +238,18 @@ def _writing() -> Iterator[None]:
         raise PackageError(f"{store_folder()} cannot be written: {error}") from error
 
 
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Nobody else changes the pointer meanwhile, where the file system has locks."""
+    store_folder().mkdir(parents=True, exist_ok=True)
+    with (store_folder() / "current.lock").open("ab", buffering=0) as file:
+        with contextlib.suppress(OSError):  # no locks there: the pointer is whole all the same
+            _wait_for(file)
+        yield
+
+
 def _write_pointer(chosen: tuple[str, ...]) -> None:
     path = _pointer_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
     handle, unfinished = tempfile.mkstemp(prefix=".current-", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -243,46 +260,17 @@ def _write_pointer(chosen: tuple[str, ...]) -> None:
     except BaseException:
         Path(unfinished).unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _install(found: Package) -> Package:
-    """A copy of the package in the store, checked there."""
-    store, manifest = store_folder(), found.manifest
-    target = store / f"{manifest.name}-{manifest.version}-{found.hash[:HASH_DIGITS]}"
-    with contextlib.suppress(PackageError):
-        if (there := package.load(target)).hash == found.hash:
-            return there
-    store.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=".", dir=store))
-    try:
-        for name in (*FILES, MANIFEST):
-            _copy_durably(found.folder / name, unfinished / name)
-        if package.load(unfinished).hash != found.hash:
-            raise PackageError(f"model package {found.folder} changed meanwhile; try again")
-        unfinished.chmod(0o755)  # mkdtemp makes it private
-        _sync_folder(unfinished)
-        shutil.rmtree(target, ignore_errors=True)  # a damaged copy of it
-        unfinished.rename(target)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    _sync_folder(store)
-    return package.load(target)
+if sys.platform == "win32":
+    import msvcrt
 
+    def _wait_for(file: FileIO) -> None:
+        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
 
-def _copy_durably(source: Path, target: Path) -> None:
-    with source.open("rb") as original, target.open("xb") as copy:
-        shutil.copyfileobj(original, copy)
-        copy.flush()
-        os.fsync(copy.fileno())
+else:
+    import fcntl
 
-
-def _sync_folder(folder: Path) -> None:
-    """What was moved into *folder* survives a power cut. Windows has no such call."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    def _wait_for(file: FileIO) -> None:
+        fcntl.flock(file, fcntl.LOCK_EX)

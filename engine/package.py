@@ -261,7 +261,7 @@ def _decode(data: bytes, folder: Path) -> Manifest:
                 "update it"
             )
         manifest = msgspec.json.decode(data, type=Manifest)
-    except msgspec.DecodeError as error:
+    except (ValueError, RecursionError) as error:  # msgspec's own are ValueErrors; text not UTF-8
         raise PackageError(
             f"model package {folder}: {MANIFEST} is damaged ({error}); get the package again"
         ) from error

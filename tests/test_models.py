@@ -1,22 +1,26 @@
 """Which generators are on this computer, and which is the current one."""
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from acquire.fill import fill
-from engine import model_store, package
+from engine import install, model_store, package
 from engine.package import Package
 from refocus.cli.main import main
 from refocus.errors import PackageError
 from store.reader import open_run
 from tests import identity_package
+from tests.damaged_store import flip_a_bit, go_away
 from tests.recording import plane, recorder, shoot
 from tests.recording import settings as recording_settings
 from tests.unfilled import make_run, outcomes, settings, skipped, times
@@ -57,8 +61,9 @@ def test_a_folder_is_installed_and_what_happens_to_it_later_harms_nobody(
     assert found.hash == used.hash == negated.hash
     assert found.folder == own_store / f"negated-0-{negated.hash[:12]}"
     assert model_store.find("negated") == model_store.find(found.folder.name) == found.folder
-    assert model_store.find_by_hash(negated.hash) == found.folder
-    assert sorted(path.name for path in own_store.iterdir()) == ["current.json", found.folder.name]
+    assert model_store.find_by_hash(negated.hash) == [found.folder]
+    left = {path.name for path in own_store.iterdir()}
+    assert left == {"current.json", "current.lock", found.folder.name}
 
 
 def test_rollback_goes_back_step_by_step(negated: Package, tmp_path: Path) -> None:
@@ -80,13 +85,14 @@ def test_every_change_can_be_seen_without_reading(negated: Package) -> None:
         lambda: model_store.use(negated.folder),
         lambda: model_store.use("fluorescence"),
         model_store.rollback,
+        lambda: model_store.use("negated"),  # it is the current one already
     ]
     for change in changes:
         change()
         stamps.append(model_store.stamp())
-    assert len(set(stamps)) == 4
-    model_store.use("negated")  # it is the current one already
-    assert model_store.stamp() == stamps[-1]
+    assert len(set(stamps)) == 5
+    model_store.rollback()
+    assert current() == "fluorescence", "it was chosen once"
 
 
 def test_a_package_that_is_not_sound_is_not_chosen(negated: Package, own_store: Path) -> None:
@@ -118,7 +124,13 @@ def test_a_store_that_cannot_be_written_is_a_plain_error(
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b'{"format": 2}', b'{"chosen": ["gone-0-123"]}', b'{"x": 1}']
+    "content",
+    [
+        *(b"", b"{", b"[]", b'{"format": 2}', b'{"chosen": ["gone-0-123"]}', b'{"x": 1}'),
+        b'{"chosen": ["fluor\xf3scence"]}',
+        b'{"chosen": ' + b"[" * 100_000,
+    ],
+    ids=lambda content: content[:24].decode("latin1"),
 )
 def test_a_damaged_pointer_is_a_plain_error_and_can_be_set_again(
     negated: Package, own_store: Path, content: bytes, capsys: pytest.CaptureFixture[str]
@@ -133,6 +145,34 @@ def test_a_damaged_pointer_is_a_plain_error_and_can_be_set_again(
     assert current() == "negated"
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_damaged_manifest_is_a_plain_error_and_the_copy_can_be_made_again(
+    negated: Package, capsys: pytest.CaptureFixture[str], nested: bool
+) -> None:
+    manifest = model_store.use(negated.folder).folder / package.MANIFEST
+    flip_a_bit(manifest, b"negated")
+    if nested:
+        manifest.write_bytes(b'{"format": 1, "training": {"notes": ' + b"[" * 100_000)
+    with pytest.raises(PackageError, match="damaged"):
+        package.load(model_store.find("current"))
+    assert main(["models", "list"]) == 1
+    (marked,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("*"))
+    assert "negated" in marked
+    assert "is damaged" in marked
+    assert main(["models", "use", str(negated.folder)]) == 0
+    assert package.load(model_store.find("current")).hash == negated.hash
+
+
+def test_a_store_that_cannot_be_listed_is_a_plain_error(
+    negated: Package, own_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_store.use(negated.folder)
+    go_away(monkeypatch, own_store)
+    with pytest.raises(PackageError, match=f"cannot be listed.*{os.strerror(errno.ESTALE)}"):
+        model_store.find("negated")
+    assert main(["models", "list"]) == 2
+
+
 def test_two_installed_ones_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
     narrow = identity_package.make(tmp_path / "a", name="mine", pixel_um=(0.1, 0.2))
     wide = identity_package.make(tmp_path / "b", name="mine")
@@ -142,8 +182,41 @@ def test_two_installed_ones_of_the_same_name_are_told_apart(tmp_path: Path) -> N
     assert package.load(model_store.find(installed[0].folder.name)).hash == narrow.hash
 
 
+def test_several_choose_at_once(tmp_path: Path, own_store: Path) -> None:
+    made = [identity_package.make(tmp_path / f"{k}", name=f"own-{k}") for k in range(4)]
+    with ThreadPoolExecutor(8) as threads:
+        used = list(threads.map(model_store.use, [one.folder for one in [*made, *made]]))
+    folders = {found.folder for found in used}
+    assert {package.load(folder).hash for folder in folders} == {one.hash for one in made}
+    chosen = json.loads((own_store / "current.json").read_bytes())["chosen"]
+    assert set(chosen) == {folder.name for folder in folders}, "no choice was lost"
+    assert not [path for path in own_store.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("before", ["absent", "damaged"])
+def test_who_installs_at_the_same_time_finds_the_copy_of_the_first(
+    negated: Package, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    if before == "damaged":
+        (model_store.use(negated.folder).folder / "weights.safetensors").write_bytes(b"damaged")
+    copy, others = install._copy_durably, []
+
+    def meanwhile(source: Path, target: Path) -> None:
+        copy(source, target)
+        if not others:
+            others.append(None)
+            others.append((model_store.use(negated.folder).folder / "generator.onnx").stat())
+
+    monkeypatch.setattr(install, "_copy_durably", meanwhile)
+    found = model_store.use(negated.folder)
+    assert package.load(model_store.find("current")).folder == found.folder
+    assert (found.folder / "generator.onnx").stat().st_ino == others[1].st_ino
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-def test_a_use_that_is_killed_leaves_the_one_before(negated: Package, tmp_path: Path) -> None:
+def test_a_use_that_is_killed_leaves_the_one_before(
+    negated: Package, tmp_path: Path, own_store: Path
+) -> None:
     """Killed before every step that changes something, one after the other."""
     model_store.use(negated.folder)
     other = identity_package.make(tmp_path / "identity")
@@ -171,6 +244,16 @@ def test_a_use_that_is_killed_leaves_the_one_before(negated: Package, tmp_path: 
         assert current() == "negated"
     assert len(codes) > 6, "it was killed at every file, and where it was moved"
     assert current() == "identity"
+    left = [path for path in own_store.iterdir() if path.name.startswith(".")]
+    assert left
+    for path in left[1:]:
+        os.utime(path, (0, time.time() - install.UNFINISHED_S - 1))
+    third = identity_package.make(tmp_path / "third", name="third")
+    model_store.use(third.folder)
+    swept = [path for path in own_store.iterdir() if path.name.startswith(".")]
+    assert swept == left[:1], "of another process that copies now, for all we know"
+    model_store.rollback()
+    shutil.rmtree(own_store / f"third-0-{third.hash[:12]}")
     assert {one.name.split("-")[0] for one in model_store.listed()[0]} == {
         "fluorescence",
         "negated",
