@@ -27,23 +27,24 @@ import numpy as np
 from acquire.again import Progress, refocus_again, without_twin
 from acquire.engine_side import EngineSide, check_address, start_engine
 from acquire.intake import Intake
+from acquire.own_generator import IN_USE, own_package, settings_of
 from acquire.trouble import Trouble
 from acquire.writing import Writing
 from engine import model_store, package
 from engine.package import Package
 from engine.scaling import Scaling
-from refocus.errors import EngineError, LockedError, PackageError, SettingsError
+from refocus.errors import EngineError, LockedError, SettingsError
 from refocus.frame import RefocusOutcome
-from refocus.settings import ChannelSettings, EngineSettings, Settings
+from refocus.settings import ChannelSettings, Settings
 from refocus.words import counted
 from store.guard import DiskGuard
-from store.journal import GeneratorLine
 from store.reader import Run, State, open_run
 from store.records import Kind, Record
 from store.writer import RunWriter
 
 UNANSWERED = (RefocusOutcome.SKIPPED, RefocusOutcome.LATE, RefocusOutcome.LOST)
 NOT_TRIED = "not tried yet"
+FILLED_WITH = "filled_with"
 NEVER_CLOSED = "was never closed; run `refocus recover`"
 
 
@@ -102,48 +103,24 @@ def fill(
     return filling.run(tries_rejected, stop or threading.Event(), limit_s, progress)
 
 
-def own_package(run: Run) -> Package:
-    """The generator that *run* had last while it was recorded; where none worked, it was set to.
-
-    Raises PackageError where it is not on this computer as it was.
-    """
-    named = str(_settings_of(run, "engine").get("generator") or EngineSettings().generator)
-    line = _own_generator(run)
-    if line is None:
-        return package.load(model_store.find(named))
-    if folder := model_store.find_by_hash(line.package_hash):
-        return package.load(folder)
-    with contextlib.suppress(PackageError):
-        if (found := package.load(model_store.find(named))).hash == line.package_hash:
-            return found
-    raise PackageError(
-        f"{run.path} was refocused by {line.name} {line.version} ({line.package_hash[:12]}), which "
-        f"neither ships, nor is installed here, nor lies at {named!r}; name its folder, or another "
-        "generator, with --generator"
-    )
-
-
-def _own_generator(run: Run) -> GeneratorLine | None:
-    """That of the latest plane refocused live; a plane that was filled waited for nobody."""
-    live = [r for r in run.records(Kind.REFOCUS) if r.generator and r.latency_ns]
-    if live:
-        return run.notes.generators[max(live, key=lambda record: record.seq).generator]
-    return min(run.notes.generators.values(), key=lambda found: found.number, default=None)
-
-
-def _settings_of(run: Run, section: str) -> dict[str, object]:
-    """A section of the settings that the run was recorded with, as they were written then."""
-    found = run.notes.info.settings.get(section) if run.notes.info else None
-    return found if isinstance(found, dict) else {}
-
-
 def _channels(run: Run) -> dict[str, ChannelSettings]:
     """What was said of the run's channels; a newer Refocus may have said more."""
     return {
         name: ChannelSettings(modality=body.get("modality"))
-        for name, body in _settings_of(run, "channels").items()
+        for name, body in settings_of(run, "channels").items()
         if isinstance(body, dict)
     }
+
+
+class _Writer(RunWriter):
+    """A writer into whose run no frame comes any more: no generator comes into use for them."""
+
+    def note_event(self, kind: str, **fields: object) -> None:
+        """As RunWriter, but that event is that the run is filled with this generator."""
+        if kind == IN_USE:
+            kind = FILLED_WITH
+            del fields["from_seq"]
+        super().note_event(kind, **fields)
 
 
 class _Filling:
@@ -162,7 +139,7 @@ class _Filling:
     ) -> Filled:
         deadline = time.monotonic() + limit_s
         with contextlib.ExitStack() as closing:
-            writer = RunWriter.reopen(self._path)
+            writer = _Writer.reopen(self._path)
             closing.callback(writer.reseal)
             run = found = open_run(self._path)  # again: this time nobody else writes
             todo = without_twin(run, self._package.hash if tries_rejected else None)

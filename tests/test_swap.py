@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from acquire.own_generator import own_package
 from acquire.recorder import Recorder
 from engine import model_store
 from engine.package import Package
@@ -302,8 +303,6 @@ def test_a_generator_that_was_named_stays(
 def test_fill_takes_the_generator_that_the_run_had_last(
     tmp_path: Path, negated: Package, identity: Package
 ) -> None:
-    from acquire.fill import own_package
-
     model_store.use(negated.folder)
     one = Recording(tmp_path)
     with one.recorder as r:
