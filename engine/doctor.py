@@ -26,6 +26,7 @@ from engine.gpu import Seam, open_gpu
 from engine.gpu.driver import LIBRARY, driver_words
 from engine.runtimes import Engine, choose
 from refocus.errors import EngineError, RefocusError, SettingsError
+from refocus.words import install
 
 if TYPE_CHECKING:
     from engine.plan import ToolkitName
@@ -37,8 +38,8 @@ RTX_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
 """Compute capabilities that TensorRT for RTX 1.7 builds for."""
 RTX_DRIVER = (13, 0)
 """CUDA level that the packages of TensorRT for RTX 1.7 need: driver 580 or later."""
-INSTALL_RTX = 'pip install "refocus[rtx]"'
-INSTALL_TENSORRT = 'pip install "refocus[tensorrt]"'
+INSTALL_RTX = install("rtx")
+INSTALL_TENSORRT = install("tensorrt")
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # of CUdevice_attribute
 
 

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from engine.tiles import SMALLEST_PX, round_up
 from refocus.errors import PackageError, SettingsError
+from refocus.words import install
 
 RECIPE = 1
 """Version of how plans are built here: goes up whenever older plans are not to be used again."""
@@ -30,7 +31,7 @@ RECIPE = 1
 ToolkitName = Literal["tensorrt", "tensorrt_rtx"]
 OLDEST: dict[ToolkitName, tuple[int, int]] = {"tensorrt": (10, 13), "tensorrt_rtx": (1, 7)}
 EXTRA: dict[ToolkitName, str] = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
-"""What to install each with: pip install "refocus[EXTRA]"."""
+"""Which of our extras brings each."""
 
 SMALLEST_SQUARE_PX = 512
 LARGEST_SQUARE_PX = 8192
@@ -93,8 +94,9 @@ def open_toolkit(wanted: ToolkitName | None = None) -> Toolkit:
             return Toolkit(f"{name} {module.__version__}", module, is_rtx, logger, messages)
         oldest = ".".join(map(str, OLDEST[name]))
         reasons.append(f"{name}: this is {module.__version__}, wanted {oldest} or later")
-    extras = " or ".join(f'pip install "refocus[{EXTRA[name]}]"' for name in reversed(names))
-    raise SettingsError(f"no TensorRT here ({'; '.join(reasons)}); install it: {extras}")
+    best, *others = (EXTRA[name] for name in reversed(names))
+    advice = ", or ".join([install(best), *(f"[{other}]" for other in others)])
+    raise SettingsError(f"no TensorRT here ({'; '.join(reasons)}); {advice}")
 
 
 def profile_for(shape: tuple[int, int], stride: int) -> Profile:
@@ -193,7 +195,7 @@ def rtx_capability(toolkit: Toolkit, capability: tuple[int, int]) -> Any:
         raise SettingsError(
             f"{toolkit.name} does not know a GPU of compute capability "
             f"{capability[0]}.{capability[1]}, only {have}; install the full TensorRT: "
-            f'pip install "refocus[{EXTRA["tensorrt"]}]"'
+            f"{install(EXTRA['tensorrt'])}"
         )
     return known[wanted]
 

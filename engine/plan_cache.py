@@ -173,7 +173,7 @@ def _why(folder: Path, labels: list[_Label]) -> str:
     if not differences:
         return "there is none yet"
     theirs, ours = zip(*min(differences, key=len), strict=True)
-    return f"the one at hand is for {', '.join(theirs)}, now it is {', '.join(ours)}"
+    return f"there is one for {', '.join(theirs)}, and none yet for {', '.join(ours)}"
 
 
 def _half(folder: Path, package: Package) -> bytes:

@@ -131,7 +131,8 @@ def parse(text: bytes, origin: str) -> Settings:
     try:
         table = tomllib.loads(text.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{origin}: not valid TOML: {error}") from error
+        hint = r"; write paths with /, or in '...': 'C:\Users\me'" if b"\\" in text else ""
+        raise SettingsError(f"{origin}: not valid TOML: {error}{hint}") from error
     _refuse_unknown(table, origin)
     try:
         settings = msgspec.convert(table, Settings)

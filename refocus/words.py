@@ -22,3 +22,11 @@ def frames(seqs: Sequence[int]) -> str:
     names = ", ".join(map(str, seqs[:TOLD]))
     more = f" and {len(seqs) - TOLD} more" if len(seqs) > TOLD else ""
     return f"{'frame' if len(seqs) == 1 else 'frames'} {names}{more}"
+
+
+def install(extra: str) -> str:
+    """What to type for one of the extras in pyproject.toml.
+
+    By the folder, not by name: on the public package index the name belongs to another project.
+    """
+    return f'pip install -e ".[{extra}]" in the folder of Refocus'

@@ -112,9 +112,9 @@ def gpu(name: str, capability: tuple[int, int], cuda: tuple[int, int] = (13, 0))
     ("found", "there", "words"),
     [
         (ABSENT, [], ["driver", "nvidia.com"]),
-        (gpu("RTX 4070", (8, 9)), [], ['pip install "refocus[rtx]"']),
-        (gpu("H200", (9, 0)), ["TensorRT-RTX"], ['pip install "refocus[tensorrt]"']),
-        (gpu("RTX 4070", (8, 9)), ["TensorRT-RTX"], ["to reach", 'pip install "refocus[rtx]"']),
+        (gpu("RTX 4070", (8, 9)), [], ['pip install -e ".[rtx]"']),
+        (gpu("H200", (9, 0)), ["TensorRT-RTX"], ['pip install -e ".[tensorrt]"']),
+        (gpu("RTX 4070", (8, 9)), ["TensorRT-RTX"], ["to reach", 'pip install -e ".[rtx]"']),
         (gpu("RTX 4070", (8, 9)), ["TensorRT", "pycuda"], ["nothing has to be installed"]),
         (gpu("RTX 4070", (8, 9), (12, 4)), ["TensorRT-RTX", "pycuda"], ["update", "12.4", "580"]),
     ],

@@ -87,16 +87,16 @@ def test_plans_lie_in_the_user_s_cache(
 OTHERS: list[tuple[dict[str, Any], str]] = [
     (
         {"device": dataclasses.replace(ADA, driver="CUDA 13.1, driver 590.1")},
-        "CUDA 13.0, driver 580.95, now it is CUDA 13.1, driver 590.1",
+        "CUDA 13.0, driver 580.95, and none yet for CUDA 13.1, driver 590.1",
     ),
     (
         {"device": dataclasses.replace(ADA, name="NVIDIA RTX A4000", capability=(8, 6))},
-        "NVIDIA RTX 4070 (compute capability 8.9), now it is "
+        "NVIDIA RTX 4070 (compute capability 8.9), and none yet for "
         "NVIDIA RTX A4000 (compute capability 8.6)",
     ),
     (
         {"profile": profile_for((1024, 1024), 16)},
-        "frames of 64 x 64 to 512 x 512 px, best 512 x 512, now it is "
+        "frames of 64 x 64 to 512 x 512 px, best 512 x 512, and none yet for "
         "frames of 64 x 64 to 1024 x 1024 px, best 1024 x 1024",
     ),
 ]
@@ -111,7 +111,7 @@ def test_what_a_plan_depends_on_is_told(
     assert second.built_s > 0
     assert second.path != first.path
     assert second.jit_cache != first.jit_cache
-    assert said[-1].endswith(f": the one at hand is for {difference}")
+    assert said[-1].endswith(f": there is one for {difference}")
     assert get().built_s == get(**changed).built_s == 0.0
     assert len(said) == 2
 
@@ -121,11 +121,11 @@ def test_another_version_builds_anew(
 ) -> None:
     get(toolkit=dataclasses.replace(toolkit, name="tensorrt_rtx 1.6.0"))
     get()
-    assert said[-1].endswith(f"is for tensorrt_rtx 1.6.0, now it is {toolkit.name}")
+    assert said[-1].endswith(f"one for tensorrt_rtx 1.6.0, and none yet for {toolkit.name}")
     for module in (plan, half):
         monkeypatch.setattr(module, "RECIPE", module.RECIPE + 1)
         assert get().built_s > 0
-        assert "now it is recipe" in said[-1]
+        assert "none yet for recipe" in said[-1]
     assert len(said) == 4
 
 
@@ -141,7 +141,7 @@ def test_the_nearest_plan_is_the_one_compared_with(get: Ensure, said: list[str])
     get(device=far, profile=profile_for((1024, 1024), 16))
     get(device=dataclasses.replace(ADA, driver="CUDA 12.8"))
     get()
-    assert said[-1].endswith("is for CUDA 12.8, now it is CUDA 13.0, driver 580.95")
+    assert said[-1].endswith("one for CUDA 12.8, and none yet for CUDA 13.0, driver 580.95")
 
 
 def test_what_was_built_ahead_serves_every_gpu_it_was_made_for(
@@ -156,7 +156,7 @@ def test_what_was_built_ahead_serves_every_gpu_it_was_made_for(
     assert len(said) == 1
     turing = get(device=dataclasses.replace(ADA, name="NVIDIA T4", capability=(7, 5)))
     assert turing.built_s > 0
-    assert "any GPU from Ampere on, any driver, now it is NVIDIA T4" in said[-1]
+    assert "any GPU from Ampere on, any driver, and none yet for NVIDIA T4" in said[-1]
 
 
 @pytest.mark.parametrize("where", ["seal", "label", "plan", "end"])

@@ -382,9 +382,10 @@ def test_auto_takes_the_gpu_and_says_so() -> None:
 def test_without_a_gpu_auto_takes_the_cpu_and_tensorrt_is_refused() -> None:
     choice = choose("auto", threads=1)
     assert isinstance(choice.runtime, OpenVino)
-    assert "auto takes the CPU: no way to an NVIDIA GPU" in choice.why
+    assert choice.why.startswith("auto takes the CPU: no ")
+    assert "NVIDIA GPU" in choice.why
     choice.runtime.close()
-    with pytest.raises(SettingsError, match="no way to an NVIDIA GPU"):
+    with pytest.raises(SettingsError, match="NVIDIA GPU"):
         open_runtime("tensorrt")
 
 

@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from refocus.errors import RunError, SettingsError, StuckError
+from refocus.words import install
 
 Event = dict[str, Any]
 """A Micro-Manager acquisition event, as `pycromanager.multi_d_acquisition_events` makes them."""
@@ -110,7 +111,7 @@ def acquisition_class() -> Callable[..., Any]:
     except ImportError as error:
         raise SettingsError(
             f"pycromanager cannot be imported ({error}). Install it: "
-            'pip install "refocus[micromanager]", or "refocus[demo]" for the demo'
+            f"{install('micromanager')}, or [demo] for the demo"
         ) from error
     found: Callable[..., Any] = Acquisition
     return found

@@ -28,6 +28,7 @@ from acquire.sources.specimen import PIXEL_UM, STAINS, Specimen
 from calibration.optics import Image
 from refocus.errors import SettingsError, StuckError
 from refocus.frame import FrameHeader
+from refocus.words import install
 
 CONFIG = Path(__file__).with_name("demo.cfg")
 CHANNELS = tuple(STAINS)
@@ -169,7 +170,7 @@ def start_core(config: Path, buffer_mib: int = BUFFER_MIB) -> Any:
     except ImportError as error:
         raise SettingsError(
             "Micro-Manager's test devices are not installed: "
-            'pip install "refocus[demo]" (they are the package mm-test-adapters)'
+            f"{install('demo')} (they are the package mm-test-adapters)"
         ) from error
     from mmpycorex import Core, is_pymmcore_active
     from pycromanager import start_headless

@@ -12,6 +12,7 @@ from typing import Any
 
 from acquire.header import Hardware
 from refocus.errors import SettingsError
+from refocus.words import install
 
 
 def hardware_reader() -> Callable[[Mapping[str, Any]], Hardware]:
@@ -24,8 +25,7 @@ def hardware_reader() -> Callable[[Mapping[str, Any]], Hardware]:
         from mmpycorex import Core
     except ImportError as error:
         raise SettingsError(
-            f"pycromanager cannot be imported ({error}). Install it: "
-            'pip install "refocus[micromanager]"'
+            f"pycromanager cannot be imported ({error}). Install it: {install('micromanager')}"
         ) from error
     core: Any = None
 

@@ -20,6 +20,7 @@ Pinned memory and device addresses are checked at each copy: a copy from memory 
 would silently wait for the GPU, and one out of bounds would corrupt what others computed.
 """
 
+import ctypes
 from collections.abc import Sequence
 from typing import Final, Literal
 
@@ -33,6 +34,7 @@ from engine.gpu.driver import (
     NoGpuError,
 )
 from engine.gpu.gpu import Gpu
+from refocus.words import install
 
 __all__ = [
     "LIBRARY",
@@ -42,6 +44,7 @@ __all__ = [
     "GpuMemoryError",
     "Memory",
     "NoGpuError",
+    "has_driver",
     "open_gpu",
 ]
 
@@ -70,7 +73,21 @@ def open_gpu(index: int = 0, seam: Seam | None = None) -> Gpu:
     return Gpu(driver, device)
 
 
+def has_driver() -> bool:
+    """Whether NVIDIA's driver is installed; it comes with the display driver."""
+    try:
+        ctypes.CDLL(LIBRARY)
+    except OSError:
+        return False
+    return True
+
+
 def _start(seams: Sequence[Seam]) -> Driver:
+    if not has_driver():
+        raise NoGpuError(
+            f"no NVIDIA GPU can be used without NVIDIA's driver ({LIBRARY}), and there is none; "
+            "where this computer has such a GPU, install it: nvidia.com/drivers"
+        )
     reasons = []
     for seam in seams:
         try:
@@ -84,10 +101,7 @@ def _start(seams: Sequence[Seam]) -> Driver:
             reasons.append(str(error))
         else:
             return driver
-    raise NoGpuError(
-        f"no way to an NVIDIA GPU: {'; '.join(reasons)}. It takes NVIDIA's display driver "
-        '(nvidia.com/drivers) and a package: pip install "refocus[rtx]"'
-    )
+    raise NoGpuError(f"no way to an NVIDIA GPU: {'; '.join(reasons)}; {install('rtx')}")
 
 
 def _binding(seam: Seam) -> Driver:

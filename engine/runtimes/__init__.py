@@ -15,6 +15,7 @@ from engine.package import Package
 from engine.scaling import Scaling
 from refocus.errors import EngineError, SettingsError
 from refocus.frame import Pixels
+from refocus.words import install
 
 Engine = Literal["auto", "openvino", "tensorrt", "none"]
 """What `--engine` may say; the same everywhere."""
@@ -122,7 +123,5 @@ def _open_tensorrt(device: int, say: Callable[[str], None]) -> Runtime:
     try:
         from engine.runtimes.tensorrt import TensorRt
     except ImportError as error:
-        raise SettingsError(
-            f'TensorRT cannot be used: {error}; pip install "refocus[rtx]"'
-        ) from error
+        raise SettingsError(f"TensorRT cannot be used: {error}; {install('rtx')}") from error
     return TensorRt(device, say=say)

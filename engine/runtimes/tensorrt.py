@@ -61,14 +61,14 @@ class TensorRt:
 
         *say* hears of plans that are built and proven.
         """
-        self._toolkit: Toolkit = open_toolkit()
         self._gpu: Gpu = open_gpu(device)
-        if self._toolkit.is_rtx:
-            try:
+        try:
+            self._toolkit: Toolkit = open_toolkit()
+            if self._toolkit.is_rtx:
                 rtx_capability(self._toolkit, self._gpu.device.capability)
-            except SettingsError:
-                self._gpu.close()
-                raise
+        except SettingsError:
+            self._gpu.close()
+            raise
         self._open_executable = open_executable
         self._say = say
         self._package: Package | None = None

@@ -46,7 +46,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """--json."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    parser.add_argument("--json", action="store_true", help="print JSON, nothing else")
 
 
 def frame_size(text: str) -> tuple[int, int]:
