@@ -98,6 +98,12 @@ def why_not(run: Run) -> Counter[str]:
     )
 
 
+def made_by(run: Run) -> list[str]:
+    """Generators and runtimes that worked on the run, in the order in which they came."""
+    lines = sorted(run.notes.generators.values(), key=lambda line: line.number)
+    return [f"{line.name} {line.version} on {line.runtime}" for line in lines]
+
+
 def preview(run: Run, microscope: DemoMicroscope, path: Path) -> bool:
     """Writes raw | refocused | truth, a row for each channel; False where nothing can be shown."""
     rows = []

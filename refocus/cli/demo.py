@@ -5,7 +5,6 @@ import contextlib
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(demo_report.to_json(summary))
     else:
-        _print(summary, demo_report.why_not(finished), picture)
+        _print(summary, finished, picture)
     if failure is not None:  # other trouble was told when it came
         raise failure
     if recorder.interrupted:
@@ -181,12 +180,16 @@ def _progress(quiet: bool) -> "Progress":
     )
 
 
-def _print(summary: "Summary", reasons: "Counter[str]", picture: Path | None) -> None:
+def _print(summary: "Summary", run: "Run", picture: Path | None) -> None:
+    from acquire.sources import demo_report
+
     print(f"run          {summary.run}")
     print(f"received     {summary.received} frames, {summary.fps:g} frames/s")
     print(f"saved        {summary.saved}")
     print(f"refocused    {summary.refocused}")
-    for reason, count in reasons.most_common():
+    for maker in demo_report.made_by(run):
+        print(f"  by         {maker}")
+    for reason, count in demo_report.why_not(run).most_common():
         print(f"  {count:>4} not    {reason}")
     if summary.skipped:
         print(f"             refocus fill {summary.run}  # does the rest")
