@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from acquire.supervisor import Supervisor
+from engine.launch import Order
 from engine.package import Package
 from refocus.settings import RuntimeChoice, Settings
 
@@ -65,7 +66,15 @@ class Crew:
         """Why there is no worker on a device, of those that were given up."""
         self._workers = [
             Supervisor(
-                _arguments(package, settings, seat, address, warm),
+                Order(
+                    address=address,
+                    model=package.folder,
+                    runtime=seat.runtime,
+                    device=seat.device,
+                    threads=settings.engine.threads,
+                    beat_ms=settings.link.beat_ms,
+                    warm=warm,
+                ),
                 secret,
                 logs / f"worker-{package.hash[:8]}-{seat.device}.log",
                 settings.engine.warmup_timeout_ms / 1000,
@@ -121,20 +130,3 @@ class Crew:
         if kind == "worker_given_up":
             self.given_up[device] = str(fields["reason"])
         self._on_event(self, kind, {"device": device, **fields})
-
-
-def _arguments(
-    package: Package, settings: Settings, seat: Seat, address: str, warm: tuple[int, int] | None
-) -> list[str]:
-    """Command line of `python -m engine.worker`."""
-    arguments = [
-        *("--address", address),
-        *("--model", str(package.folder)),
-        *("--runtime", seat.runtime),
-        *("--device", str(seat.device)),
-        *("--threads", str(settings.engine.threads)),
-        *("--beat-ms", str(settings.link.beat_ms)),
-    ]
-    if warm is not None:
-        arguments += ["--warm", f"{warm[0]}x{warm[1]}"]
-    return arguments

@@ -5,15 +5,14 @@ back to 0.5 s once one has lived for a minute. Five deaths within a minute mean 
 wrong which a restart does not mend, and so does exit code 2 (a setting, a model package): recording
 goes on raw only, and that is said.
 
-The worker's standard input is a pipe from here: when this process dies, however it dies, the pipe
-closes and the worker leaves. Its output goes to a log file, whose last lines explain a death.
+How it is started, and how soon again, is engine/launch.py. Its output goes to a log file, whose
+last lines explain a death.
 """
 
 import contextlib
 import logging
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -21,13 +20,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from engine import launch
+from engine.launch import LIVED_S, Order, Pauses
 from refocus import wire
 
 log = logging.getLogger(__name__)
 
-FIRST_PAUSE_S = 0.5
-LONGEST_PAUSE_S = 30.0
-LIVED_S = 60.0
 MOST_DEATHS = 5
 POLL_S = 0.05
 CANNOT_BE_KILLED = -1000
@@ -40,7 +38,7 @@ STOP_S = 1.5
 
 
 class Supervisor:
-    """Keeps `python -m engine.worker` running between `start` and `close`.
+    """Keeps a worker running as *order* says, between `start` and `close`.
 
     *on_event(kind, fields)* hears of it, from the supervisor's thread. *hello_within_s*: how long
     the worker may compile before it introduces itself. What it prints is added to *log_path*.
@@ -48,14 +46,13 @@ class Supervisor:
 
     def __init__(
         self,
-        arguments: list[str],
+        order: Order,
         secret: str,
         log_path: Path,
         hello_within_s: float,
         on_event: Callable[[str, dict[str, object]], None],
     ) -> None:
-        # -P: a folder called engine in the user's working directory must not be run instead.
-        self._command = [sys.executable, "-P", "-m", "engine.worker", "--supervised", *arguments]
+        self._order = order
         # Through the environment, because a command line can be read by every user of the machine.
         self._environment = {**os.environ, wire.SECRET_VARIABLE: secret}
         self._log_path = log_path
@@ -119,7 +116,7 @@ class Supervisor:
 
     def _keep_alive(self) -> None:
         deaths: deque[float] = deque(maxlen=MOST_DEATHS)
-        pause_s = FIRST_PAUSE_S
+        pauses = Pauses()
         while not (self._stopping.is_set() or self._retired):
             started = time.monotonic()
             code = self._one_life()
@@ -132,10 +129,7 @@ class Supervisor:
             if hopeless or code in (CANNOT_START, CANNOT_BE_KILLED):
                 self._give_up(self._last_words())
                 return
-            if now - started > LIVED_S:
-                pause_s = FIRST_PAUSE_S
-            self._stopping.wait(pause_s)
-            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            self._stopping.wait(pauses.after(now - started))
 
     def _give_up(self, reason: str) -> None:
         self.gave_up.set()
@@ -145,16 +139,7 @@ class Supervisor:
         """Runs one worker to its end; returns its exit code (negative: the signal)."""
         with self._log_path.open("ab") as output:
             self._log_from = output.tell()
-            process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=self._environment,
-                # A Ctrl-C in the terminal is for the recorder alone; it ends the worker in order.
-                start_new_session=os.name == "posix",
-                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
-            )
+            process = launch.start(self._order, output=output, environment=self._environment)
         assert process.stdin is not None
         with self._lock:
             self._process = process

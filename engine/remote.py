@@ -8,15 +8,13 @@ Why a recorder does not open is said once, until it changes. Nothing here gives 
 one that refuses today (another generator, a right taken away) may not tomorrow. What none can
 mend ends it: a runtime that cannot be had, a model package that is damaged.
 
-The worker's standard input is a pipe from here, as under the recorder's own supervisor: when this
-process dies, however it dies, the worker leaves.
+A recorder on another host cannot kill a worker that hangs: it has to end itself, also where it
+hangs while it compiles (warmup_timeout_ms).
 """
 
 import contextlib
-import os
 import re
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -26,7 +24,8 @@ from pathlib import Path
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from engine import model_store
+from engine import launch, model_store
+from engine.launch import FIRST_PAUSE_S, Order, Pauses
 from refocus import keys
 from refocus.errors import RefusedError, SettingsError
 from refocus.settings import Settings
@@ -35,9 +34,6 @@ KNOCK_S = 3.0
 """A recorder that is there opens within milliseconds."""
 KNOCK_AGAIN_S = 2.0
 REFUSED_PAUSE_S = 30.0
-FIRST_PAUSE_S = 0.5
-LONGEST_PAUSE_S = 30.0
-LIVED_S = 60.0
 POLL_S = 0.05
 POLL_MS = 50
 STOP_S = 3.0
@@ -85,7 +81,7 @@ def serve(service: Service, stop: threading.Event, say: Callable[[str], None]) -
     Raises SettingsError, PackageError for what no recorder can mend.
     """
     check(service)
-    pause_s = FIRST_PAUSE_S
+    pauses = Pauses()
     told = ""
     while not stop.is_set():
         refusal = knock(service.address, keys.read_worker(service.key_file), stop)
@@ -99,8 +95,6 @@ def serve(service: Service, stop: threading.Event, say: Callable[[str], None]) -
         say(f"serving the recorder at {service.address}")
         started = time.monotonic()
         code = _one_life(service, stop)
-        if time.monotonic() - started > LIVED_S:
-            pause_s = FIRST_PAUSE_S
         if stop.is_set():
             return
         if code == SettingsError.exit_code:
@@ -111,9 +105,9 @@ def serve(service: Service, stop: threading.Event, say: Callable[[str], None]) -
             say("the recorder has no more frames, or is gone; waiting for the next one")
             stop.wait(FIRST_PAUSE_S)
         else:
+            pause_s = pauses.after(time.monotonic() - started)
             say(f"the worker died (exit code {code}); it is started again in {pause_s:g} s")
             stop.wait(pause_s)
-            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
 
 def knock(address: str, key: keys.WorkerKey, stop: threading.Event) -> str:
@@ -164,14 +158,7 @@ def _opened(
 
 def _one_life(service: Service, stop: threading.Event) -> int:
     """Runs one worker to its end; returns its exit code (negative: the signal)."""
-    process = subprocess.Popen(
-        # -P: a folder called engine in the user's working directory must not be run instead.
-        [sys.executable, "-P", "-m", "engine.worker", "--supervised", *_arguments(service)],
-        stdin=subprocess.PIPE,
-        # A Ctrl-C in the terminal is for this process alone; it ends the worker in order.
-        start_new_session=os.name == "posix",
-        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
-    )
+    process = launch.start(_order(service))
     assert process.stdin is not None
     try:
         while process.poll() is None and not stop.wait(POLL_S):
@@ -187,17 +174,17 @@ def _one_life(service: Service, stop: threading.Event) -> int:
             process.wait(STOP_S)
 
 
-def _arguments(service: Service) -> list[str]:
+def _order(service: Service) -> Order:
     settings = service.settings
-    warm = ["--warm", "{}x{}".format(*service.shape)] if service.shape else []
-    return [
-        *warm,
-        *("--address", service.address),
-        *("--keys", str(service.key_file)),
+    return Order(
+        address=service.address,
         # Looked up for every life: another generator may have been put to use meanwhile.
-        *("--model", str(model_store.find(settings.engine.generator))),
-        *("--runtime", settings.engine.runtime),
-        *("--threads", str(settings.engine.threads)),
-        *("--device", str(service.device)),
-        *("--beat-ms", str(settings.link.beat_ms)),
-    ]
+        model=model_store.find(settings.engine.generator),
+        runtime=settings.engine.runtime,
+        device=service.device,
+        threads=settings.engine.threads,
+        beat_ms=settings.link.beat_ms,
+        warm=service.shape,
+        key_file=service.key_file,
+        ready_ms=settings.engine.warmup_timeout_ms,
+    )

@@ -23,7 +23,7 @@ from refocus.keys import WorkerKey
 DEAF_BEATS = 40
 """After so many heartbeats of the link that did not come, the worker leaves. It does so, too, where
 as many said that it was given up and the working thread takes no notice: that hangs, and a link on
-another host cannot kill it."""
+another host cannot kill it. How long it may compile is bounded in engine/worker.py."""
 SEND_TIMEOUT_MS = 5000
 LAST_WORDS_MS = 1000
 """What is said before leaving has so long to get away."""

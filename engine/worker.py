@@ -6,10 +6,11 @@ answers go in the order of the starts. How they travel, and the heartbeat, is en
 
 The worker may be killed at any time: it holds nothing that anyone needs. It leaves by itself when
 the recorder that started it is gone (--supervised) or when it hears no heartbeat for a while
-(the daemon, perhaps on another host, is gone). After a `GpuError` nothing on its GPU can be trusted
-any more: it says so for every plane in work and leaves with code 1, to be started again. With code
-2 it leaves where its generator cannot run here, and is not started again. It runs below normal
-priority: a frame on its way to the disk matters more than a frame that waits here.
+(the daemon, perhaps on another host, is gone), and where it compiles for longer than --ready-ms
+(it hangs, and whoever could kill it may be on another host). After a `GpuError` nothing on its GPU
+can be trusted any more: it says so for every plane in work and leaves with code 1, to be started
+again. With code 2 it leaves where its generator cannot run here, and is not started again. It runs
+below normal priority: a frame on its way to the disk matters more than a frame that waits here.
 """
 
 import argparse
@@ -55,6 +56,8 @@ def main(
     Exit code 0, 1 where the GPU failed, 2 when it cannot start, 5 where no link has it now.
     """
     given = _arguments(argv)
+    patience = Patience(given.ready_ms / 1000)
+    patience.begin()
     _step_back()
     if given.supervised:
         _leave_with_parent()
@@ -62,7 +65,7 @@ def main(
         loaded = package.load(given.model)
         runtime = (open_runtime or _open_runtime)(given)
         try:
-            _work(given, loaded, runtime)
+            _work(given, loaded, runtime, patience)
         except GpuError as error:
             _say(str(error))
             os._exit(error.exit_code)  # to release anything of a broken GPU context may hang
@@ -71,7 +74,33 @@ def main(
     except RefocusError as error:
         _say(str(error))
         return error.exit_code
+    finally:
+        patience.end()
     return 0
+
+
+class Patience:
+    """Ends this process where it gets ready for longer than *limit_s*; 0: it may take for ever."""
+
+    def __init__(self, limit_s: float = 0) -> None:
+        self._limit_s = limit_s
+        self._timer: threading.Timer | None = None
+
+    def begin(self) -> None:
+        """From here it gets ready."""
+        if self._limit_s:
+            self._timer = threading.Timer(self._limit_s, self._lose)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def end(self) -> None:
+        """It is ready."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _lose(self) -> None:
+        _say(f"not ready within {self._limit_s:g} s ([engine] warmup_timeout_ms): it hangs")
+        os._exit(1)
 
 
 def _open_runtime(given: argparse.Namespace) -> Runtime:
@@ -80,12 +109,14 @@ def _open_runtime(given: argparse.Namespace) -> Runtime:
     return chosen.runtime
 
 
-def _work(given: argparse.Namespace, loaded: package.Package, runtime: Runtime) -> None:
+def _work(
+    given: argparse.Namespace, loaded: package.Package, runtime: Runtime, patience: Patience
+) -> None:
     context = zmq.Context()
     key = keys.read_worker(given.keys) if given.keys else None
     uplink = Uplink(context, given.address, given.beat_ms, key)
     try:
-        _Worker(uplink, given.beat_ms, loaded, runtime).run(given.warm)
+        _Worker(uplink, given.beat_ms, loaded, runtime, patience).run(given.warm)
     except zmq.Again as error:
         raise RefusedError(f"nobody listens at {given.address}") from error
     finally:
@@ -105,12 +136,18 @@ class _Worker:
     """The work loop."""
 
     def __init__(
-        self, uplink: Uplink, beat_ms: int, loaded: package.Package, runtime: Runtime
+        self,
+        uplink: Uplink,
+        beat_ms: int,
+        loaded: package.Package,
+        runtime: Runtime,
+        patience: Patience,
     ) -> None:
         self._uplink = uplink
         self._quiet_ms = beat_ms
         self._package = loaded
         self._runtime = runtime
+        self._patience = patience
         self._shape: tuple[int, int] | None = None
         self._in_work: deque[_InWork] = deque()
 
@@ -121,6 +158,7 @@ class _Worker:
                 self._runtime.load(self._package, warm)
                 self._shape = warm
         self._introduce()
+        self._patience.end()
         try:
             while self._serve():
                 pass
@@ -179,9 +217,11 @@ class _Worker:
         epoch = self._uplink.epoch
         self._shape = None
         self._uplink.send(wire.Busy(epoch=epoch, what=f"compiling for {shape[0]} x {shape[1]}"))
+        self._patience.begin()
         try:
             self._runtime.load(self._package, shape)
         finally:
+            self._patience.end()
             self._uplink.send(wire.Busy(epoch=epoch, what=""))
         self._shape = shape
 
@@ -265,6 +305,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores but one")
     parser.add_argument("--device", type=int, default=0, help="which GPU, by its number")
     parser.add_argument("--beat-ms", type=int, default=250, help="heartbeat interval")
+    parser.add_argument("--ready-ms", type=int, default=0, help="compile so long; 0: for ever")
     parser.add_argument("--warm", type=shape, help="frame shape YxX to compile before starting")
     parser.add_argument(
         "--supervised", action="store_true", help="end with the parent, or when input is closed"

@@ -15,7 +15,7 @@ from engine.package import Package
 from engine.runtimes import Answer, Refocused
 from engine.scaling import Scaling
 from engine.uplink import Uplink
-from engine.worker import _Worker
+from engine.worker import Patience, _Worker
 from refocus import wire
 from refocus.arena import Arena
 from refocus.frame import FrameHeader, Pixels
@@ -92,7 +92,7 @@ class Played:
     def _run(self) -> None:
         uplink = Uplink(self.context, ADDRESS, 250, None)
         try:
-            _Worker(uplink, 250, self._package, self.runtime).run(None)
+            _Worker(uplink, 250, self._package, self.runtime, Patience()).run(None)
             self.ended.put(None)
         except Exception as error:  # noqa: BLE001 - handed to the test
             self.ended.put(error)
