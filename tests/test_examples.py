@@ -5,8 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import zarr
+
+from engine.gate import LEAST_PSNR_DB, check_golden
+from engine.package import load, read_golden
+from engine.runtimes import open_runtime
 
 DOCS = Path(__file__).parents[1] / "docs"
 SCRIPT = DOCS / "examples" / "record_timelapse.py"
@@ -49,3 +54,24 @@ def test_the_page_shows_the_lines_of_the_example() -> None:
     page = (DOCS / "recorder.md").read_text()
     shown = page.split("```python\n")[1].split("```")[0]
     assert shown in SCRIPT.read_text()
+
+
+def test_a_network_of_ones_own_becomes_a_package_that_runs(tmp_path: Path) -> None:
+    folder = tmp_path / "sharpen"
+    script = DOCS / "examples" / "own_generator.py"
+    done = subprocess.run(
+        [sys.executable, script, folder],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    package = load(folder)
+    (golden,) = read_golden(package)
+    runtime = open_runtime("openvino", threads=1)
+    runtime.load(package, golden.pixels.shape)
+    answer = runtime.refocus(golden.pixels, golden.scaling)
+    runtime.close()
+    assert np.std(answer.pixels) > np.std(golden.pixels)
+    assert check_golden(package, lambda *_: answer.pixels, "the CPU") > LEAST_PSNR_DB
