@@ -5,13 +5,16 @@ chosen is checked, its workers are started beside those that work, and compile, 
 minutes. When they are ready the link hands the next frame to them. The workers of the one before
 finish what they have and leave. Meanwhile both are in memory, and share what they compute with.
 
-A generator that cannot be used is told once, and the one before goes on. Choosing again while one
-is getting ready drops that; choosing the one that works already does just that.
+A generator that cannot be used is told once, and the one before goes on. Where the store itself
+could not be read (a network drive that is away for a moment), it is looked at again until it can.
+Choosing again while one is getting ready drops that; choosing the one that works already does just
+that. Where that one has lost its workers for good, choosing it again starts new ones.
 """
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from acquire.crew import Crew
@@ -44,6 +47,8 @@ class Succession:
         self._seen = seen
         self._ready_within_s = ready_within_s
         self._on_trouble = on_trouble
+        self._look_again = engine.package is None  # why is told, and may be over in a moment
+        self._told = ""
         self._wanted: Package | None = None
         self._candidate: Crew | None = None
         self._deadline = 0.0
@@ -60,28 +65,48 @@ class Succession:
 
     def _run(self) -> None:
         while not self._stopping.is_set():
-            self._see_off()
-            self._advance()
+            with self._surviving():
+                self._see_off()
+                self._advance()
             self._engine.changed.wait(LOOK_S)
             self._engine.changed.clear()
-            self._look()
+            with self._surviving():
+                self._look()
+
+    @contextlib.contextmanager
+    def _surviving(self) -> Iterator[None]:
+        """Tell what goes wrong within: whoever chooses later must still be heard."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - see above
+            self._on_trouble(f"a newly chosen generator cannot be followed now: {error!r}")
 
     def _look(self) -> None:
         stamp = model_store.stamp()
-        if stamp == self._seen:
+        changed = stamp != self._seen
+        if not (changed or self._look_again):
             return
-        self._seen, wanted, in_use = stamp, None, self._engine.package
+        self._seen, self._look_again = stamp, False
+        wanted, reason = None, ""
         try:
             wanted = package.load(model_store.find(model_store.CURRENT))
-        except PackageError as error:
-            self._refuse("the generator that was chosen", str(error))
-        if self._candidate is not None:
-            if wanted is not None and wanted.hash == self._candidate.package.hash:
+        except (PackageError, OSError) as error:
+            reason, self._look_again = str(error), _may_pass(error)
+        if reason and (changed or self._told not in ("", reason)):
+            self._refuse("the generator that was chosen", reason)
+            self._told = reason
+        if not self._look_again:
+            self._choose(wanted)
+
+    def _choose(self, wanted: Package | None) -> None:
+        candidate = self._candidate
+        if candidate is not None:
+            if wanted is not None and wanted.hash == candidate.package.hash:
                 return
-            self._engine.drop(self._candidate)
             self._candidate = None
-        same = wanted is not None and in_use is not None and wanted.hash == in_use.hash
-        self._wanted = None if same else wanted
+            self._drop(candidate)
+        works = self._is_in_use(wanted) and not self._engine.hopeless
+        self._wanted = None if works else wanted
 
     def _see_off(self) -> None:
         for crew in list(self._leaving):
@@ -98,6 +123,7 @@ class Succession:
             elif candidate.hopeless or late:
                 self._fail(candidate)
         elif wanted is not None and not self._leaves(wanted):
+            self._wanted = None
             self._candidate = self._engine.prepare(wanted)
             self._deadline = time.monotonic() + self._ready_within_s
 
@@ -107,20 +133,36 @@ class Succession:
 
     def _take_over(self, candidate: Crew) -> None:
         before = self._engine.crew
+        again = self._is_in_use(candidate.package)
         self._engine.use(candidate)
-        if before is not None:
+        if before is not None and not again:  # else its workers are gone
             self._leaving.append(before)
-        self._candidate = self._wanted = None
+        self._candidate = None
 
     def _fail(self, candidate: Crew) -> None:
         late = f"its workers were not ready within {self._ready_within_s:g} s"
         manifest = candidate.package.manifest
         reason = next(iter(candidate.given_up.values()), late)
         self._refuse(f"generator {manifest.name} {manifest.version}", reason)
-        self._candidate = self._wanted = None
+        self._candidate = None
+        self._drop(candidate)
+
+    def _drop(self, candidate: Crew) -> None:
         self._engine.drop(candidate)
+        if self._is_in_use(candidate.package):  # the link tells generators apart, not crews
+            self._engine.link.let_in(candidate.package)
+
+    def _is_in_use(self, wanted: Package | None) -> bool:
+        in_use = self._engine.package
+        return wanted is not None and in_use is not None and wanted.hash == in_use.hash
 
     def _refuse(self, what: str, reason: str) -> None:
-        in_use = self._engine.package
+        in_use = None if self._engine.hopeless else self._engine.package
         instead = f"{in_use.manifest.name} goes on" if in_use else "recording raw only"
         self._on_trouble(f"{what} cannot be used, {instead}: {reason}")
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether it is the store, not the generator: it could not be read, though it is there."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    return isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
