@@ -14,20 +14,32 @@ import numpy as np
 import psutil
 import pytest
 
-from acquire.fill import NOT_TRIED, fill
+from acquire.fill import FILLED_WITH, NOT_TRIED, fill
+from acquire.own_generator import IN_USE, own_package
+from engine import model_store
 from engine.package import Package
 from engine.scaling import Scaling
 from refocus.cli.main import main
-from refocus.errors import DiskError, LockedError, RunError, SettingsError
-from refocus.settings import StoreSettings
+from refocus.errors import DiskError, LockedError, PackageError, RunError, SettingsError
+from refocus.settings import AcquireSettings, StoreSettings
 from store.check import check
 from store.reader import State, open_run
 from store.recover import recover
-from tests import hanging_package
+from store.writer import RunWriter
+from tests import hanging_package, identity_package
 from tests.recording import plane, recorder, shoot
 from tests.recording import settings as recording_settings
 from tests.small_disk import make_read_only, small_disk
-from tests.unfilled import SHAPE, assert_made_with, digest, make_run, outcomes, settings, times
+from tests.unfilled import (
+    SHAPE,
+    assert_made_with,
+    digest,
+    make_run,
+    outcomes,
+    settings,
+    skipped,
+    times,
+)
 
 LIMIT_S = 60
 
@@ -202,3 +214,72 @@ def test_a_full_disk_ends_a_fill_before_and_meanwhile(tmp_path: Path, negated: P
         (disk / "download").unlink()
         assert fill(path, room).left == 0
         assert check(path).findings == ()
+
+
+def line_of_generator(path: Path) -> tuple[list[bytes], int]:
+    """The lines of a run's journal, and which one names its first generator."""
+    lines = (path / "journal" / "run.jsonl").read_bytes().splitlines(keepends=True)
+    return lines, next(k for k, line in enumerate(lines) if b'"kind":"generator"' in line)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_damaged_line_of_the_generator_is_as_one_that_is_not_there(
+    tmp_path: Path, negated: Package, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    path = tmp_path / "run"
+    own = identity_package.make(tmp_path / "own", name="own")
+    model_store.use(own.folder)
+
+    def note(writer: RunWriter) -> None:
+        if told:
+            writer.note_event(IN_USE, from_seq=0, name="own", version="0", package_hash=own.hash)
+
+    make_run(path, negated, times(4), notes=note, outcome=lambda seq: skipped(seq) if seq else None)
+    lines, damaged = line_of_generator(path)
+    lines[damaged] = lines[damaged].replace(b'"number"', b'"numbes"')
+    (path / "journal" / "run.jsonl").write_bytes(b"".join(lines))
+    assert main(["fill", str(path)]) == 0
+    run = open_run(path)
+    assert outcomes(run) == {"REFOCUSED": 4}
+    (line,) = run.notes.generators.values()
+    assert line.package_hash == (own if told else negated).hash, "else what the settings say"
+
+
+def test_a_damaged_copy_leaves_the_others_to_try(
+    tmp_path: Path, negated: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    path = tmp_path / "run"
+    make_run(path, negated, times(3), outcome=lambda seq: skipped(seq) if seq else None)
+    installed = model_store.use(negated.folder).folder
+    (installed / "weights.safetensors").write_bytes(b"damaged")
+    assert own_package(open_run(path)).folder == negated.folder
+    assert fill(path, settings()).filled == 2
+    (negated.folder / "golden.npz").write_bytes(b"damaged")
+    with pytest.raises(PackageError, match=r"--generator \(.*weights.safetensors was altered"):
+        own_package(open_run(path))
+
+
+def test_a_run_whose_own_generator_never_answered_is_filled_by_it(
+    tmp_path: Path, negated: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by the one that is current when it is filled; and what fills is told apart from it."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    path = tmp_path / "run"
+    model_store.use(negated.folder)
+    chosen = recording_settings("current")
+    hasty = msgspec.structs.replace(chosen, acquire=AcquireSettings(drain_s=0, fill_at_end_s=0))
+    with recorder(path, hasty) as r:
+        for _ in range(3):
+            shoot(r, plane(SHAPE))
+    assert open_run(path).counts.refocused == 0
+    later = identity_package.make(tmp_path / "later", name="later", pixel_um=(6.0, 7.0))
+    model_store.use(later.folder)
+    assert fill(path, settings(), generator="later").rejected == 3
+    assert own_package(open_run(path)).hash == negated.hash
+    assert fill(path, settings(), generator="negated").filled == 3
+    told = [(event.event, event.fields) for event in open_run(path).notes.events]
+    used = [(kind, fields["name"]) for kind, fields in told if "package_hash" in fields]
+    assert used == [(IN_USE, "negated"), (FILLED_WITH, "later"), (FILLED_WITH, "negated")]
+    assert ["from_seq" in fields for kind, fields in told if kind == FILLED_WITH] == [False] * 2
