@@ -84,7 +84,7 @@ class Succession:
     def _look(self) -> None:
         stamp = model_store.stamp()
         changed = stamp != self._seen
-        if not (changed or self._look_again):
+        if not stamp or not (changed or self._look_again):  # no command takes the stamp away
             return
         self._seen, self._look_again = stamp, False
         wanted, reason = None, ""
@@ -111,8 +111,8 @@ class Succession:
     def _see_off(self) -> None:
         for crew in list(self._leaving):
             if not self._engine.link.workers_of(crew.package):
-                self._engine.drop(crew)
                 self._leaving.remove(crew)
+                self._engine.drop(crew)
 
     def _advance(self) -> None:
         candidate, wanted = self._candidate, self._wanted

@@ -153,6 +153,39 @@ def test_a_store_that_is_away_at_the_start_is_looked_at_again(
     assert_raw(open_run(one.path), one.taken)
 
 
+def test_a_store_that_vanishes_changes_nothing(
+    tmp_path: Path,
+    negated: Package,
+    identity: Package,
+    own_store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where nothing was ever chosen, by the looks of it."""
+    model_store.use(negated.folder)
+    looks: list[tuple[int, ...]] = []
+    real = model_store.stamp
+
+    def stamp() -> tuple[int, ...]:
+        looks.append(real())
+        return looks[-1]
+
+    monkeypatch.setattr(model_store, "stamp", stamp)
+    one = Recording(tmp_path)
+    with one.recorder as r:
+        assert r.wait_for_engine(30)
+        one.works_with("negated")
+        own_store.rename(tmp_path / "unplugged")
+        one.until(lambda: looks.count(()) >= 2)
+        one.works_with("negated")
+        (tmp_path / "unplugged").rename(own_store)
+        model_store.use(identity.folder)
+        one.works_with("identity")
+    assert r.trouble == []
+    run = open_run(one.path)
+    assert_sound(run, one.taken)
+    assert [name for name, _ in in_use(run)] == ["negated", "identity"]
+
+
 def test_a_surprise_does_not_end_the_following(
     tmp_path: Path, negated: Package, identity: Package
 ) -> None:
