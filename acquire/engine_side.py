@@ -120,7 +120,8 @@ class EngineSide:
         """Ends a crew that is not in use."""
         self.link.turn_away(crew.package)
         crew.close()
-        self._crews.remove(crew)
+        with contextlib.suppress(ValueError):  # dropped before
+            self._crews.remove(crew)
 
     def follow(self, seen: tuple[int, ...]) -> None:
         """From now on the generator that is chosen takes over; *seen*: the store's stamp by now."""
@@ -132,7 +133,7 @@ class EngineSide:
         if self._succession is not None:
             self._succession.close()
         self.link.close()  # first: it tells the workers to leave
-        for crew in self._crews:
+        for crew in list(self._crews):  # the succession may still be dropping one
             crew.close()
         self._closing.close()
 
@@ -246,9 +247,9 @@ def _outside(settings: Settings) -> Outside | None:
 
 def _address(settings: Settings, closing: contextlib.ExitStack) -> str:
     """For workers on this computer."""
+    _sweep()
     if settings.link.address != "auto" and not settings.link.keys:
         return settings.link.address
-    _sweep()
     # Mode 0700: only this user gets in.
     private = Path(tempfile.mkdtemp(prefix=f"{PRIVATE}{os.getpid()}-"))
     closing.callback(shutil.rmtree, private, ignore_errors=True)

@@ -2,20 +2,26 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from acquire.crew import Seat, seats
 from engine.package import Package
+from refocus import arena
 from refocus.frame import RefocusOutcome
 from refocus.settings import AcquireSettings, EngineSettings, LinkSettings, Settings
 from store.reader import open_run
 from store.records import Kind
-from tests.branch import Branch
+from tests import identity_package
+from tests.branch import Branch, settings
+from tests.other_host import free_port
 from tests.recording import assert_raw, events, plane, recorder, shoot
 
 LIMIT_S = 60.0
@@ -82,6 +88,41 @@ def test_three_workers_share_the_frames_and_one_is_killed(
         assert twin is not None
         mirrored = np.clip(2 * scaling.offset - taken[entry.seq].astype(float), 0, None)
         assert np.abs(twin - mirrored).max() <= 2, "its own raw plane's twin, at its place"
+
+
+def test_a_crew_that_is_dropped_while_the_engine_closes_leaves_no_other_running(
+    branch: Callable[..., Branch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = branch()
+    b.ready()
+    other = identity_package.make(tmp_path / "other", name="other")
+    first, second = b.engine.crew, b.engine.prepare(other)
+    assert first is not None
+    b.drain(lambda: len(second.pids) == 1)
+    close = first.close
+
+    def drop_meanwhile() -> None:  # as a succession does that was slow to end
+        monkeypatch.setattr(first, "close", close)
+        b.engine.drop(first)
+        b.engine.drop(first)
+
+    monkeypatch.setattr(first, "close", drop_meanwhile)
+    b.close()
+    assert first.pids == second.pids == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="shared memory of Linux")
+def test_what_a_killed_recorder_left_goes_whatever_the_address(
+    tmp_path: Path, negated: Package
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    left = Path("/dev/shm") / f"{arena.PREFIX}{gone.pid}-left"
+    left.write_bytes(b"planes")
+    chosen = settings(negated)
+    fixed = msgspec.structs.replace(chosen.link, address=f"tcp://127.0.0.1:{free_port()}")
+    Branch(msgspec.structs.replace(chosen, link=fixed), tmp_path / "run").close()
+    assert not left.exists()
 
 
 def test_a_device_without_a_worker_is_told_and_the_others_work(

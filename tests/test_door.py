@@ -1,6 +1,7 @@
 """Who gets past the link's door for other hosts: only whoever shows a key that it lets in."""
 
 import contextlib
+import os
 import socket
 import struct
 import threading
@@ -229,6 +230,22 @@ def test_silent_strangers_are_cut_off(house: Callable[..., House]) -> None:
             while stranger.recv(4096):  # our greeting, then the end
                 pass
     assert not remote.knock(h.address, h.good, threading.Event())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="descriptors of POSIX")
+def test_a_file_that_has_got_a_connection_s_number_stays_as_it_is(
+    house: Callable[..., House], tmp_path: Path
+) -> None:
+    door = house().branch.engine.link._router._door
+    assert door is not None
+    with (tmp_path / "plane").open("wb") as file:
+        door._cut_off(file.fileno())
+        before = psutil.Process().num_fds()
+        for _ in range(20):
+            door._cut_off(file.fileno())
+        assert psutil.Process().num_fds() < before + 20, "no duplicate stays"
+        file.write(b"raw")
+    assert (tmp_path / "plane").read_bytes() == b"raw"
 
 
 def test_a_port_that_is_taken_costs_the_others_only(tmp_path: Path, negated: Package) -> None:

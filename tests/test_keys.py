@@ -146,6 +146,21 @@ def test_what_is_missing_is_said_with_what_to_do(tmp_path: Path) -> None:
         keys.new(tmp_path / "file" / "keys")
 
 
+def test_what_the_system_does_not_let_us_read_is_said(folder: Path) -> None:
+    too_long = folder / ("a" * 300)  # the system refuses even to look
+    for read in (keys.read_recorder, keys.read_worker):
+        with pytest.raises(SettingsError, match="cannot be read"):
+            read(too_long)
+    keys.add(folder, "gpu-pc")
+    workers = folder / "workers"
+    workers.rename(folder / "moved")
+    assert keys.allowed(folder) == {}
+    workers.touch()
+    with pytest.raises(NotADirectoryError):
+        keys.allowed(folder)
+    assert main(["keys", "list", str(folder)]) == 2
+
+
 def test_the_commands_from_the_first_key_to_the_last(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 import zmq
 
 from refocus import wire
-from refocus.frame import RefocusOutcome
+from refocus.frame import Frame, RefocusOutcome
 from tests import hanging_package, identity_package
 from tests.branch import Branch, hello_of
 
@@ -99,6 +99,36 @@ def test_a_thawed_worker_s_answer_is_late_and_it_introduces_itself_again(
             b.drain(lambda: b.engine.link.workers == 2)
     finally:
         context.term()
+
+
+def test_who_lost_a_frame_has_nothing_to_say_once_another_has_got_it(
+    branch: Callable[..., Branch],
+) -> None:
+    b = branch()
+    b.ready()
+    with zmq.Context() as context, context.socket(zmq.DEALER) as guest:
+        guest.linger = 0
+        guest.connect(b.engine.link.address)
+        guest.send_multipart(wire.encode(hello_of(b, "guest")))
+        b.drain(lambda: b.engine.link.workers == 2)
+        seq = b.send()
+        assert guest.poll(5000)
+        job, pixels = wire.decode(guest.recv_multipart())
+        assert isinstance(job, wire.Job)
+        assert pixels is not None
+        b.drain(b.answered(seq))
+        assert b.answers[seq][-1].outcome is RefocusOutcome.LOST
+        assert b.intake.offer_again(Frame(job.frame, pixels))
+        b.drain(lambda: len(b.answers[seq]) == 2)
+        late = wire.Fault(epoch="guest", seq=seq, reason="thawed")
+        guest.send_multipart(wire.encode(late))
+        guest.send_multipart(wire.encode(wire.Beat(epoch="guest")))
+        assert guest.poll(5000)
+        assert wire.decode(guest.recv_multipart())[0] == wire.Renew(epoch="guest")
+        after = b.send()
+        b.drain(b.answered(after))
+    outcomes = [answer.outcome.name for answer in b.answers[seq]]
+    assert outcomes == ["LOST", "REFOCUSED"]
 
 
 @pytest.mark.parametrize(
