@@ -182,7 +182,16 @@ def test_two_installed_ones_of_the_same_name_are_told_apart(tmp_path: Path) -> N
     assert package.load(model_store.find(installed[0].folder.name)).hash == narrow.hash
 
 
-def test_several_choose_at_once(tmp_path: Path, own_store: Path) -> None:
+def test_several_choose_at_once(
+    tmp_path: Path, own_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = model_store._write_pointer
+
+    def slowly(chosen: tuple[str, ...]) -> None:  # each has read before the next one has written
+        time.sleep(0.02)
+        write(chosen)
+
+    monkeypatch.setattr(model_store, "_write_pointer", slowly)
     made = [identity_package.make(tmp_path / f"{k}", name=f"own-{k}") for k in range(4)]
     with ThreadPoolExecutor(8) as threads:
         used = list(threads.map(model_store.use, [one.folder for one in [*made, *made]]))
