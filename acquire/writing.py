@@ -162,9 +162,10 @@ class Writing:
             else:
                 self._book(answer, self._generator(answer))
         finally:
-            # Last, so that what has an outcome is in the journal. Absent at the second answer for
-            # a frame, LATE after LOST.
-            self._hook_times_ns.pop(answer.seq, None)
+            # Last, so that what has an outcome is in the journal. LATE comes after LOST, which has
+            # settled the frame: if it is expected again by now, that is still to come.
+            if answer.outcome is not RefocusOutcome.LATE:
+                self._hook_times_ns.pop(answer.seq, None)
             if answer.plane is not None:
                 self._intake.plane_settled(answer.plane)
 
