@@ -13,6 +13,7 @@ the next call goes on with what is left. Where nothing is left it writes nothing
 """
 
 import contextlib
+import logging
 import math
 import threading
 import time
@@ -42,8 +43,12 @@ from store.reader import Run, State, open_run
 from store.records import Kind, Record
 from store.writer import RunWriter
 
+log = logging.getLogger(__name__)
+
 UNANSWERED = (RefocusOutcome.SKIPPED, RefocusOutcome.LATE, RefocusOutcome.LOST)
 NOT_TRIED = "not tried yet"
+GUEST_S = 60.0
+POLL_S = 0.2
 FILLED_WITH = "filled_with"
 NEVER_CLOSED = "was never closed; run `refocus recover`"
 
@@ -146,7 +151,7 @@ class _Filling:
             intake, writing = self._start_writing(run, writer, closing)
             engine = self._start_engine(run, todo, intake, closing)
             left = todo
-            while engine is not None:
+            while engine is not None and self._has_worker(engine, stop):
                 refocus_again(
                     run,
                     left,
@@ -211,6 +216,24 @@ class _Filling:
         if engine is not None:
             closing.callback(engine.close)
         return engine
+
+    def _has_worker(self, engine: EngineSide, stop: threading.Event) -> bool:
+        """Where no worker is started here, one from another computer has to come."""
+        if self._settings.engine.devices or engine.link.workers:
+            return True
+        address = self._settings.link.address
+        log.warning("waiting %g s for a worker at %s", GUEST_S, address)
+        deadline = time.monotonic() + GUEST_S
+        while not engine.link.wait_ready(POLL_S):
+            if stop.is_set():
+                return False
+            if time.monotonic() > deadline:
+                self._trouble.tell(
+                    f"no worker came to {address} within {GUEST_S:g} s: start `refocus worker` on "
+                    "the computer with the GPU, or name devices in [engine]"
+                )
+                return False
+        return True
 
     def _disk_full(self, reason: str) -> None:
         self._full = self._full or reason

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import acquire.fill
 from acquire.fill import fill
 from acquire.peers import Peer
 from engine.package import Package
@@ -23,6 +24,7 @@ from tests import hanging_package, identity_package
 from tests.branch import Branch
 from tests.other_host import Cable, OtherHost, far_settings, free_port, remotes
 from tests.recording import assert_raw, plane, recorder, shoot
+from tests.unfilled import make_run, times
 
 START_S = 40.0
 """Three Python processes start on two cores."""
@@ -281,3 +283,15 @@ def test_a_worker_that_can_never_run_says_so_and_ends(lab: Lab, tmp_path: Path) 
     assert host.process.returncode == 2
     assert "altered" in host.said
     assert remotes(b) == []
+
+
+def test_filling_does_not_wait_for_ever_for_a_worker_from_elsewhere(
+    negated: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path / "run", negated, times(3))
+    keys.new(tmp_path / "keys")
+    chosen = far_settings(negated, tmp_path / "keys", port=free_port(), devices=())
+    monkeypatch.setattr(acquire.fill, "GUEST_S", 0.5)
+    filled = fill(tmp_path / "run", chosen)
+    assert (filled.filled, filled.left) == (0, 3)
+    assert any("no worker came to tcp://127.0.0.1:" in line for line in filled.trouble)
