@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -27,6 +28,8 @@ from store.layout import journal_dir
 
 MAX_IPC_PATH = 90
 """A Unix socket's path may have 107 bytes; what is longer goes over loopback instead."""
+_OUTSIDE = re.compile(r"tcp://(\d{1,3}(\.\d{1,3}){3}|localhost):\d{1,5}")
+"""What a link for other hosts may be bound to: a network card's own address, not a name."""
 LOOPBACK = ("tcp://127.0.0.1:", "tcp://localhost:", "tcp://[::1]:")
 PRIVATE = "refocus-link-"
 """Beginning of the name of a private folder; the process that uses it follows."""
@@ -188,10 +191,11 @@ def check_address(settings: Settings) -> None:
     wanted = settings.link.address
     if settings.link.keys:
         keys.read_recorder(Path(settings.link.keys))
-        if not wanted.startswith("tcp://"):
+        if not _OUTSIDE.fullmatch(wanted):
             raise SettingsError(
                 f"[link] keys lets workers on other hosts in, but address = {wanted!r} is not for "
-                'them: say address = "tcp://0.0.0.0:5577", or keys = "" where there are none'
+                'them, wanted tcp://IPv4:PORT: say address = "tcp://0.0.0.0:5577" for every '
+                'network card, or keys = "" where there are no such workers'
             )
     elif wanted != "auto" and not wanted.startswith(LOOPBACK):
         raise SettingsError(

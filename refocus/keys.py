@@ -77,13 +77,18 @@ def new(folder: Path) -> None:
         raise SettingsError(f"{folder}: no key set can be made here: {error.strerror}") from error
 
 
+def check_name(name: str) -> None:
+    """Raises SettingsError where *name* cannot be a worker's."""
+    if not _NAME.fullmatch(name):
+        raise SettingsError(f"a worker's name must match {_NAME.pattern}, got {name!r}")
+
+
 def add(folder: Path, name: str) -> Path:
     """Lets worker *name* in; returns the file that its host needs.
 
     Raises SettingsError where there is no key set, or a worker of that name.
     """
-    if not _NAME.fullmatch(name):
-        raise SettingsError(f"a worker's name must match {_NAME.pattern}, got {name!r}")
+    check_name(name)
     recorder = read_recorder(folder)
     handed_over = folder / f"worker-{name}.key"
     public, secret = _pair()

@@ -271,8 +271,9 @@ def test_what_may_be_opened_is_checked_before_a_run(tmp_path: Path) -> None:
         check("tcp://0.0.0.0:5577", str(tmp_path))
     keys.new(tmp_path)
     check("tcp://0.0.0.0:5577", str(tmp_path))
-    with pytest.raises(SettingsError, match="not for them"):
-        check("auto", str(tmp_path))
+    for wrong in ("auto", "tcp://0.0.0.0", "tcp://microscope:5577", "0.0.0.0:5577"):
+        with pytest.raises(SettingsError, match="wanted tcp://IPv4:PORT"):
+            check(wrong, str(tmp_path))
     (tmp_path / "recorder.key").chmod(0o644)
     with pytest.raises(SettingsError, match="chmod 600"):
         check("tcp://0.0.0.0:5577", str(tmp_path))

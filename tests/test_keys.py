@@ -88,6 +88,11 @@ def test_a_name_cannot_leave_the_folder(folder: Path, name: str) -> None:
 
 
 @POSIX
+def test_a_wrong_name_among_several_makes_nothing(tmp_path: Path) -> None:
+    assert main(["keys", "new", str(tmp_path / "set"), "gpu-pc", "two words"]) == 2
+    assert not (tmp_path / "set").exists()
+
+
 def test_a_secret_that_others_can_read_is_refused(folder: Path) -> None:
     handed_over = keys.add(folder, "gpu-pc")
     handed_over.chmod(0o640)

@@ -59,6 +59,8 @@ def _verb(verbs: "Subparsers", name: str, what: str, run: object) -> argparse.Ar
 def _new(arguments: argparse.Namespace) -> int:
     from refocus import keys
 
+    for name in arguments.names:
+        keys.check_name(name)  # before anything is written
     keys.new(arguments.folder)
     print(
         f"{arguments.folder}: a new key set; {keys.RECORDER} stays here. "
