@@ -15,21 +15,18 @@ below normal priority: a frame on its way to the disk matters more than a frame 
 
 import argparse
 import contextlib
-import ctypes
 import os
-import signal
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import zmq
 
 from engine import checks, package
 from engine.gpu import GpuError, GpuMemoryError
+from engine.manners import Patience, leave_with_parent, say, step_back
 from engine.runtimes import Answer, Runtime, choose
 from engine.scaling import Scaling
 from engine.uplink import Uplink
@@ -58,54 +55,30 @@ def main(
     given = _arguments(argv)
     patience = Patience(given.ready_ms / 1000)
     patience.begin()
-    _step_back()
+    step_back()
     if given.supervised:
-        _leave_with_parent()
+        leave_with_parent()
     try:
         loaded = package.load(given.model)
         runtime = (open_runtime or _open_runtime)(given)
         try:
             _work(given, loaded, runtime, patience)
         except GpuError as error:
-            _say(str(error))
+            say(str(error))
             os._exit(error.exit_code)  # to release anything of a broken GPU context may hang
         finally:
             runtime.close()
     except RefocusError as error:
-        _say(str(error))
+        say(str(error))
         return error.exit_code
     finally:
         patience.end()
     return 0
 
 
-class Patience:
-    """Ends this process where it gets ready for longer than *limit_s*; 0: it may take for ever."""
-
-    def __init__(self, limit_s: float = 0) -> None:
-        self._limit_s = limit_s
-        self._timer: threading.Timer | None = None
-
-    def begin(self) -> None:
-        """From here it gets ready."""
-        if self._limit_s:
-            self._timer = threading.Timer(self._limit_s, self._lose)
-            self._timer.daemon = True
-            self._timer.start()
-
-    def end(self) -> None:
-        """It is ready."""
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def _lose(self) -> None:
-        _say(f"not ready within {self._limit_s:g} s ([engine] warmup_timeout_ms): it hangs")
-        os._exit(1)
-
-
 def _open_runtime(given: argparse.Namespace) -> Runtime:
-    chosen = choose(given.runtime, given.threads or None, given.device, _say)
-    _say(f"{chosen.runtime.name}: {chosen.why}")
+    chosen = choose(given.runtime, given.threads or None, given.device, say)
+    say(f"{chosen.runtime.name}: {chosen.why}")
     return chosen.runtime
 
 
@@ -182,7 +155,7 @@ class _Worker:
         try:
             message, pixels = self._uplink.receive()
         except WireError as error:
-            _say(f"a message was thrown away: {error}")
+            say(f"a message was thrown away: {error}")
             return True
         match message:
             case wire.Bye(refused=why) if why:
@@ -265,31 +238,6 @@ class _Worker:
     def _fault(self, job: wire.Job, reason: str, *, rejected: bool = False) -> None:
         seq, reason = job.frame.seq, reason[:MOST_REASON]
         self._uplink.send(wire.Fault(epoch=job.epoch, seq=seq, reason=reason, rejected=rejected))
-
-
-def _step_back() -> None:
-    """Below normal priority, for this process alone."""
-    with contextlib.suppress(psutil.AccessDenied, OSError):
-        nice = 10  # of POSIX; Windows has priority classes instead
-        psutil.Process().nice(getattr(psutil, "BELOW_NORMAL_PRIORITY_CLASS", nice))
-
-
-def _leave_with_parent() -> None:
-    """Ends this process when the one that started it is gone, even if our work thread hangs."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-    def watch() -> None:
-        while os.read(0, 1024):  # empty when the pipe closes
-            pass
-        os._exit(0)
-
-    threading.Thread(target=watch, name="refocus-parent", daemon=True).start()
-
-
-def _say(line: str) -> None:
-    print(f"worker: {line}", file=sys.stderr, flush=True)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -11,11 +11,12 @@ from collections.abc import Callable
 import numpy as np
 import zmq
 
+from engine.manners import Patience
 from engine.package import Package
 from engine.runtimes import Answer, Refocused
 from engine.scaling import Scaling
 from engine.uplink import Uplink
-from engine.worker import Patience, _Worker
+from engine.worker import _Worker
 from refocus import wire
 from refocus.arena import Arena
 from refocus.frame import FrameHeader, Pixels
