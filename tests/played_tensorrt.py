@@ -26,34 +26,53 @@ CAPTURE = 2
 
 
 class Played:
-    """Stands in for `engine.runtimes.executable.Executable`."""
+    """What TensorRT is told to do, and what was asked of it."""
 
     def __init__(self, compute: Callable[[Values], Values], scratch_bytes_per_px: int = 0) -> None:
         self.compute = compute
         self.scratch_bytes_per_px = scratch_bytes_per_px
-        self.contexts = 0
         self.plans: list[bytes] = []
-        self.is_closed = False
+        self.opened: list[PlayedExecutable] = []
         self.is_capturable = True
         self.refuses_capture = False
         """What a driver may do although TensorRT says that it can be captured."""
         self.open_fails: list[Exception] = []
         self.save_fails: Exception | None = None
 
-    def open(self, toolkit: Toolkit, plan: bytes, jit_cache: Path) -> "Played":
-        """As the class that it stands in for is called."""
+    def open(self, toolkit: Toolkit, plan: bytes, jit_cache: Path) -> "PlayedExecutable":
+        """As `engine.runtimes.executable.Executable` is called."""
         self.plans.append(plan)
         if self.open_fails:
             raise self.open_fails.pop(0)
-        return self
+        self.opened.append(PlayedExecutable(self))
+        return self.opened[-1]
+
+    @property
+    def contexts(self) -> int:
+        """Contexts that are open."""
+        return sum(executable.contexts for executable in self.opened)
+
+    @property
+    def is_closed(self) -> bool:
+        return all(executable.is_closed for executable in self.opened)
+
+
+class PlayedExecutable:
+    """Stands in for `engine.runtimes.executable.Executable`."""
+
+    def __init__(self, played: Played) -> None:
+        self.played = played
+        self.contexts = 0
+        self.is_closed = False
 
     def context(self, padded: tuple[int, int], stream: int) -> "PlayedContext":
+        assert not self.is_closed
         self.contexts += 1
         return PlayedContext(self, padded)
 
     def save_jit(self) -> None:
-        if self.save_fails:
-            raise self.save_fails
+        if self.played.save_fails:
+            raise self.played.save_fails
 
     def close(self) -> None:
         assert not self.contexts, "an engine must outlive its contexts"
@@ -63,8 +82,9 @@ class Played:
 class PlayedContext:
     """One context; reads and writes the fake GPU's memory, which is the host's."""
 
-    def __init__(self, played: Played, padded: tuple[int, int]) -> None:
-        self._played = played
+    def __init__(self, executable: PlayedExecutable, padded: tuple[int, int]) -> None:
+        self._executable = executable
+        self._played = played = executable.played
         self._padded = padded
         self.memory_bytes = SCRATCH_BYTES + played.scratch_bytes_per_px * padded[0] * padded[1]
         self._bound: tuple[int, int, int] | None = None
@@ -94,7 +114,7 @@ class PlayedContext:
         return self._played.is_capturable
 
     def close(self) -> None:
-        self._played.contexts -= 1
+        self._executable.contexts -= 1
 
     def _at(self, address: int) -> Values:
         size = self._padded[0] * self._padded[1]
