@@ -46,7 +46,7 @@ def test_without_pycromanager_the_error_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "pycromanager", None)
-    with pytest.raises(SettingsError, match=r'pip install "refocus\[micromanager\]"'):
+    with pytest.raises(SettingsError, match=r'pip install -e "\.\[micromanager\]"'):
         DemoMicroscope(64)
 
 
