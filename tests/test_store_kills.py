@@ -98,6 +98,11 @@ def random_kills(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(shards, "DIRECT_FROM_BYTES", 1 if by_the_cache else 1 << 30)
 
 
+third_or_all = pytest.mark.parametrize(
+    "step", [3, pytest.param(1, marks=pytest.mark.long)], ids=["every third", "every one"]
+)
+
+
 @needs_fork
 @pytest.mark.usefixtures("random_kills")
 def test_kill_9_at_10_random_moments_each_costs_nothing_acknowledged(tmp_path: Path) -> None:
@@ -138,9 +143,10 @@ def test_kill_9_costs_nothing_acknowledged_without_sparse_files(
 
 
 @needs_fork
+@third_or_all
 @pytest.mark.usefixtures("small_shards")
-def test_a_kill_at_any_file_operation_costs_nothing_acknowledged(folder: Path) -> None:
-    for number in itertools.count():
+def test_a_kill_at_any_file_operation_costs_nothing_acknowledged(folder: Path, step: int) -> None:
+    for number in itertools.count(step=step):
         path = folder / str(number)
         code, said = in_a_child(partial(short_run.write, path), dies_at(number))
         if code == 0:
@@ -153,10 +159,11 @@ def test_a_kill_at_any_file_operation_costs_nothing_acknowledged(folder: Path) -
 
 
 @needs_fork
+@third_or_all
 @pytest.mark.usefixtures("small_shards")
-def test_a_kill_within_any_write_costs_nothing_acknowledged(folder: Path) -> None:
+def test_a_kill_within_any_write_costs_nothing_acknowledged(folder: Path, step: int) -> None:
     """No system cuts a write of a page in two; should one do so, recovering makes good for it."""
-    for number in itertools.count():
+    for number in itertools.count(step=step):
         path = folder / str(number)
         code, said = in_a_child(partial(short_run.write, path), dies_within(number))
         if code == 0:
