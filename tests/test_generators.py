@@ -141,7 +141,9 @@ def test_what_looks_at_the_whole_plane_promises_no_reach() -> None:
             assert (network(plane) - network(other))[..., :8].abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("package", ["for tiles", "refocus-unet"], indirect=True)
+@pytest.mark.parametrize(
+    "package", ["for tiles", pytest.param("refocus-unet", marks=pytest.mark.long)], indirect=True
+)
 def test_a_tile_with_its_halo_is_the_whole(package: Package) -> None:
     network, halo = network_of(package), package.manifest.halo_px
     assert halo is not None
