@@ -29,6 +29,7 @@ from acquire.intake import Intake
 from acquire.peers import Limits, Peer, Roster, in_words
 from acquire.router import Router
 from acquire.shared import SharedPixels
+from acquire.trouble import Trouble
 from engine.package import Package
 from engine.scaling import Scaling
 from refocus import wire
@@ -44,7 +45,6 @@ MOST_MESSAGES = 64
 """Messages handled in a row before the link looks at anything else."""
 MOST_NOTES = 4096
 """Comings and goings of workers that a run notes: none of them may fill its journal."""
-MOST_REFUSALS_TOLD = 64
 NO_RIGHT = "its key was taken out of the recorder's key set"
 
 
@@ -89,7 +89,7 @@ class Link:
         """What the latest worker that gets frames runs the generator with."""
         self._last_beat_ns = 0
         self._notes = 0
-        self._told: set[str] = set()
+        self._refusals = Trouble()
         self._wishes: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._ready = threading.Event()
@@ -257,10 +257,8 @@ class Link:
     def _refuse(
         self, identity: bytes, hello: wire.Hello, remote: Remote | None, refusal: str
     ) -> None:
-        line = f"worker {in_words(hello, remote)} was refused: {refusal}"
-        if line not in self._told and len(self._told) < MOST_REFUSALS_TOLD:
-            self._told.add(line)  # it may try again and again
-            log.warning(line)
+        # Told once: it may try again and again.
+        self._refusals.tell(f"worker {in_words(hello, remote)} was refused: {refusal}")
         self._router.send(identity, wire.Bye(epoch=hello.epoch, refused=refusal))
 
     def _late(self, identity: bytes, message: wire.Message) -> None:

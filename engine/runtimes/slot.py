@@ -56,7 +56,7 @@ class Slot:
         self._shape = shape
         self._padded = padded
         self._graphs: dict[np.dtype[np.generic], int] = {}
-        """None where the work cannot be captured: then it is enqueued step by step."""
+        """Empty where the work cannot be captured: then it is enqueued step by step."""
         self._raw: Pixels | None = None
         with ExitStack() as closing:
             self._stream = gpu.stream()
