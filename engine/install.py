@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from engine import package
+from engine.files import sync_folder
 from engine.package import FILES, MANIFEST, Package
 from refocus.errors import PackageError
 
@@ -49,16 +50,6 @@ def install(found: Package, store: Path) -> Package:
         shutil.rmtree(unfinished, ignore_errors=True)
     sync_folder(store)
     return replace(copy, folder=target)
-
-
-def sync_folder(folder: Path) -> None:
-    """What was moved into *folder* survives a power cut. Windows has no such call."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _sound(folder: Path, package_hash: str) -> Package | None:

@@ -15,9 +15,7 @@ by itself: the planes would look different, and nobody would know why.
 
 import contextlib
 import hashlib
-import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import FileIO
@@ -27,7 +25,8 @@ import msgspec
 import platformdirs
 
 from engine import package
-from engine.install import install, sync_folder
+from engine.files import write_whole
+from engine.install import install
 from engine.package import MANIFEST, Package
 from refocus.errors import PackageError
 
@@ -249,18 +248,7 @@ def _alone() -> Iterator[None]:
 
 
 def _write_pointer(chosen: tuple[str, ...]) -> None:
-    path = _pointer_path()
-    handle, unfinished = tempfile.mkstemp(prefix=".current-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(msgspec.json.encode(_Pointer(chosen=chosen)))
-            file.flush()
-            os.fsync(file.fileno())
-        Path(unfinished).replace(path)
-    except BaseException:
-        Path(unfinished).unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    write_whole(_pointer_path(), msgspec.json.encode(_Pointer(chosen=chosen)))
 
 
 if sys.platform == "win32":

@@ -28,9 +28,10 @@ import msgspec
 import platformdirs
 
 from engine import plan
+from engine.files import PARTIAL
 from engine.package import Package
 from engine.plan import Profile, Toolkit
-from engine.sealed import PARTIAL, read_sealed, write_sealed
+from engine.sealed import read_sealed, write_sealed
 from refocus.errors import SettingsError
 
 if TYPE_CHECKING:

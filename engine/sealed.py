@@ -9,7 +9,7 @@ its mode is 0600; a key that others may read, or that is not ours, is refused. O
 means nothing: there the key is as safe as the user's profile, whose access list names the user,
 the system and administrators; nothing is checked.
 
-Files appear whole and durable or not at all: a kill leaves a file that nothing reads (`.partial`).
+Files appear whole and durable or not at all (engine/files.py).
 """
 
 import contextlib
@@ -19,15 +19,12 @@ import os
 import secrets
 import stat
 import sys
-import tempfile
 from pathlib import Path
 
 import platformdirs
 
+from engine.files import sync_folder, write_partial, write_whole
 from refocus.errors import SettingsError
-
-PARTIAL = ".partial"
-"""How the names of unfinished files end."""
 
 _MAGIC = b"refocus sealed 1"
 _SEAL_BYTES = len(_MAGIC) + hashlib.sha256().digest_size
@@ -53,13 +50,7 @@ def write_sealed(path: Path, content: bytes) -> None:
     """Put *content* at *path* with its HMAC: whole, durable, or not at all. Raises OSError."""
     key = _key()
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    partial = _write_partial(path, _seal(key, path.name, content) + content)
-    try:
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+    write_whole(path, _seal(key, path.name, content) + content)
 
 
 def _seal(key: bytes, name: str, content: bytes) -> bytes:
@@ -107,7 +98,7 @@ def _check_owner(status: os.stat_result, path: Path) -> None:
 def _make_key(path: Path) -> None:
     """A new key at *path*, unless another process was faster: whole or not at all."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    partial = _write_partial(path, secrets.token_bytes(_KEY_BYTES))
+    partial = write_partial(path, secrets.token_bytes(_KEY_BYTES))
     try:
         with contextlib.suppress(FileExistsError):
             if sys.platform == "win32":
@@ -116,27 +107,4 @@ def _make_key(path: Path) -> None:
                 path.hardlink_to(partial)
     finally:
         partial.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _write_partial(path: Path, content: bytes) -> Path:
-    """A durable file beside *path*, readable by us alone."""
-    descriptor, name = tempfile.mkstemp(PARTIAL, f".{path.name}.", path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(descriptor)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    return Path(name)
-
-
-def _sync_folder(folder: Path) -> None:
-    if sys.platform != "win32":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    sync_folder(path.parent)

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from engine import half, plan, plan_cache
+from engine.files import PARTIAL
 from engine.gpu import Device
 from engine.package import Package, load
 from engine.plan import Toolkit, open_toolkit, profile_for
 from engine.plan_cache import Plan, ensure, workspace_bytes
-from engine.sealed import PARTIAL, write_sealed
+from engine.sealed import write_sealed
 from refocus.errors import PackageError, SettingsError
 from tests import identity_package
 from tests.small_networks import network

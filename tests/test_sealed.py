@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from engine import sealed
-from engine.sealed import PARTIAL, read_sealed, write_sealed
+from engine.files import PARTIAL
+from engine.sealed import read_sealed, write_sealed
 from refocus.errors import SettingsError
 
 CONTENT = b'{"label": 1}\n' + bytes(range(64))
@@ -135,7 +136,7 @@ def test_the_slower_of_two_takes_the_key_of_the_faster(
     tmp_path: Path, own_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process makes the key while ours is written, before it is put in place."""
-    write, other = sealed._write_partial, b"o" * 32
+    write, other = sealed.write_partial, b"o" * 32
 
     def meanwhile(path: Path, content: bytes) -> Path:
         partial = write(path, content)
@@ -144,7 +145,7 @@ def test_the_slower_of_two_takes_the_key_of_the_faster(
             own_data.chmod(0o600)
         return partial
 
-    monkeypatch.setattr(sealed, "_write_partial", meanwhile)
+    monkeypatch.setattr(sealed, "write_partial", meanwhile)
     write_sealed(tmp_path / "one.plan", CONTENT)
     assert own_data.read_bytes() == other
     assert read_sealed(tmp_path / "one.plan") == CONTENT
@@ -200,7 +201,7 @@ def test_processes_that_start_at_once_have_one_key(
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, tempfile
 from pathlib import Path
 from engine import sealed
 calls, last = 0, int(sys.argv[2])
@@ -215,7 +216,7 @@ def kill_at_last(function):
 for name in ("replace", "unlink", "hardlink_to"):
     setattr(Path, name, kill_at_last(getattr(Path, name)))
 os.fsync = kill_at_last(os.fsync)
-sealed.tempfile.mkstemp = kill_at_last(sealed.tempfile.mkstemp)
+tempfile.mkstemp = kill_at_last(tempfile.mkstemp)
 sealed.write_sealed(Path(sys.argv[1]), b"new")
 print("whole")
 """
