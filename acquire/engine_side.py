@@ -39,8 +39,8 @@ class EngineSide:
     """A started engine: the link, and the crew whose generator is in use.
 
     *run*: the run's folder. *scalings*: those that it has already, by channel. *expected_shape*
-    (y, x): workers get ready for it before the first frame. Raises EngineError where the link
-    cannot listen.
+    (y, x): workers get ready for it before the first frame. *filling*: the run is recorded already.
+    Raises EngineError where the link cannot listen.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class EngineSide:
         expected_shape: tuple[int, int] | None,
         on_trouble: Callable[[str], None],
         scalings: Mapping[str, Scaling],
+        filling: bool = False,
     ) -> None:
         self._settings = settings
         self._intake = intake
@@ -77,6 +78,7 @@ class EngineSide:
                 on_ready=self._introduced,
                 on_gone=self._kill,
                 on_trouble=on_trouble,
+                filling=filling,
             )
             self._closing = closing.pop_all()
 
@@ -213,10 +215,11 @@ def start_engine(
     on_trouble: Callable[[str], None],
     *,
     scalings: Mapping[str, Scaling] | None = None,
+    filling: bool = False,
 ) -> EngineSide | None:
     """Starts link and workers, or returns None where the settings want no engine.
 
-    *scalings*: those that the *run* has already, by channel.
+    *scalings*: those that the *run* has already, by channel. *filling*: it is recorded already.
     Where the settings want the current generator, one that is chosen later takes over, also from
     one that cannot be used. Raises PackageError for another that cannot be used, EngineError where
     the link cannot listen.
@@ -232,7 +235,7 @@ def start_engine(
             raise
         loaded, intake.no_engine = None, str(error)
         on_trouble(f"recording raw only until another generator is chosen: {error}")
-    engine = EngineSide(settings, intake, run, expected_shape, on_trouble, scalings or {})
+    engine = EngineSide(settings, intake, run, expected_shape, on_trouble, scalings or {}, filling)
     try:
         if loaded is not None:
             engine.begin(loaded)

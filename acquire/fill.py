@@ -28,7 +28,7 @@ import numpy as np
 from acquire.again import Progress, refocus_again, without_twin
 from acquire.engine_side import EngineSide, check_address, start_engine
 from acquire.intake import Intake
-from acquire.own_generator import IN_USE, own_package, settings_of
+from acquire.own_generator import own_package, settings_of
 from acquire.trouble import Trouble
 from acquire.writing import Writing
 from engine import model_store, package
@@ -48,8 +48,8 @@ log = logging.getLogger(__name__)
 UNANSWERED = (RefocusOutcome.SKIPPED, RefocusOutcome.LATE, RefocusOutcome.LOST)
 NOT_TRIED = "not tried yet"
 GUEST_S = 60.0
+"""How long a fill without a GPU of its own waits for a worker from another computer."""
 POLL_S = 0.2
-FILLED_WITH = "filled_with"
 NEVER_CLOSED = "was never closed; run `refocus recover`"
 
 
@@ -117,17 +117,6 @@ def _channels(run: Run) -> dict[str, ChannelSettings]:
     }
 
 
-class _Writer(RunWriter):
-    """A writer into whose run no frame comes any more: no generator comes into use for them."""
-
-    def note_event(self, kind: str, **fields: object) -> None:
-        """As RunWriter, but that event is that the run is filled with this generator."""
-        if kind == IN_USE:
-            kind = FILLED_WITH
-            del fields["from_seq"]
-        super().note_event(kind, **fields)
-
-
 class _Filling:
     """One run while it is filled: writer, link and worker behind an intake without a hook."""
 
@@ -144,7 +133,7 @@ class _Filling:
     ) -> Filled:
         deadline = time.monotonic() + limit_s
         with contextlib.ExitStack() as closing:
-            writer = _Writer.reopen(self._path)
+            writer = RunWriter.reopen(self._path)
             closing.callback(writer.reseal)
             run = found = open_run(self._path)  # again: this time nobody else writes
             todo = without_twin(run, self._package.hash if tries_rejected else None)
@@ -209,6 +198,7 @@ class _Filling:
                 _first_shape(run, todo),
                 self._trouble.tell,
                 scalings={name: Scaling(line.offset, line.scale) for name, line in noted},
+                filling=True,
             )
         except (EngineError, OSError) as error:
             self._trouble.tell(f"nothing can be refocused: {error}")

@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping
 from acquire.door import Outside, Remote
 from acquire.exchange import Exchange
 from acquire.intake import Intake
+from acquire.own_generator import FILLED_WITH, IN_USE
 from acquire.peers import Limits, Peer, Roster, in_words
 from acquire.router import Router
 from acquire.shared import SharedPixels
@@ -53,7 +54,8 @@ class Link:
 
     No frame is handed out before a generator is put to `use`. *scalings*: those that the run has
     already, by channel.
-    *outside*: where workers on other hosts are let in, if any are.
+    *outside*: where workers on other hosts are let in, if any are. *filling*: the run is recorded
+    already, no frame of it is new.
     Called from the link's thread: *on_ready(pid)* for a worker that has introduced itself,
     *on_gone(pid, reason)* for one that was given up (pid 0: it is on another host),
     *on_trouble(line)* if the link itself fails, which ends refocusing for this run. Raises
@@ -72,8 +74,10 @@ class Link:
         on_ready: Callable[[int], None],
         on_gone: Callable[[int, str], None],
         on_trouble: Callable[[str], None],
+        filling: bool = False,
     ) -> None:
         self._intake = intake
+        self._filling = filling
         self._on_ready = on_ready
         self._on_gone = on_gone
         self._on_trouble = on_trouble
@@ -180,13 +184,11 @@ class Link:
     def _use(self, package: Package) -> None:
         self._roster.use(package)
         manifest = package.manifest
-        self._note(
-            "generator_in_use",
-            from_seq=self._exchange.next_seq,
-            name=manifest.name,
-            version=manifest.version,
-            package_hash=package.hash,
-        )
+        fields = {"name": manifest.name, "version": manifest.version, "package_hash": package.hash}
+        if self._filling:
+            self._note(FILLED_WITH, **fields)
+        else:
+            self._note(IN_USE, from_seq=self._exchange.next_seq, **fields)
         self._mark_ready()
 
     def _mark_ready(self) -> None:

@@ -18,6 +18,8 @@ from store.records import Kind
 
 IN_USE = "generator_in_use"
 """The event of a recording that says which generator gets its frames from now on."""
+FILLED_WITH = "filled_with"
+"""The event that says with which generator its missing twins are made."""
 
 
 def own_package(run: Run) -> Package:

@@ -14,8 +14,8 @@ import numpy as np
 import psutil
 import pytest
 
-from acquire.fill import FILLED_WITH, NOT_TRIED, fill
-from acquire.own_generator import IN_USE, own_package
+from acquire.fill import NOT_TRIED, fill
+from acquire.own_generator import FILLED_WITH, IN_USE, own_package
 from engine import model_store
 from engine.package import Package
 from engine.scaling import Scaling
